@@ -1,0 +1,58 @@
+"""Scaled dot-product attention.
+
+    out[b, h, t] = sum_s softmax_s(scale * sum_d q[b, h, t, d] k[b, h, s, d]) v[b, h, s]
+
+labels: heads of q, k, v meet (with grouped queries, several query heads share one key head); widths of q and k meet; the width of v
+passes; `scale` defaults to 1/sqrt(width) and is made explicit when widths go.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from graphprune.ops.linear import contract
+from graphprune.ops.pointwise import broadcast
+from graphprune.ops.registry import Labels, Op, Value, aten, rule
+
+
+@rule(aten.scaled_dot_product_attention)
+def attention(op: Op) -> Labels:
+    """`scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)`."""
+    q, k, v, mask = op["query"], op["key"], op["value"], op["attn_mask"]
+    width = contract(op, q, -1, k, -1)
+    if op["scale"] is None:
+        op.explicit("scale", 1.0 / math.sqrt(q.shape[-1]), width)
+    source = op.equal(op.dim(k, -2), op.dim(v, -2))
+    op.statistic(source)
+    if op.get("is_causal", default=False):
+        op.freeze(source, "is masked by position in causal attention")
+        op.freeze(op.dim(q, -2), "is masked by position in causal attention")
+    batch = _batch(op, q, k, v)
+    target = op.dim(q, -2)
+    if mask is not None:
+        scores = Value((*op.shape[:-2], q.shape[-2], k.shape[-2]), [*batch, target, source], op.name)
+        batch = broadcast(op, [scores, mask], scores.shape)[:-2]
+    op.zero = v.zero
+    return [*batch, target, op.dim(v, -1)]
+
+
+def _batch(op: Op, q: Value, k: Value, v: Value) -> Labels:
+    """Couples batch and head dimensions; with grouped queries the key heads are repeated."""
+    lead_k = broadcast(op, [_lead(k), _lead(v)], torch.broadcast_shapes(k.shape[:-2], v.shape[:-2]))
+    shape_k = list(torch.broadcast_shapes(k.shape[:-2], v.shape[:-2]))
+    if op.get("enable_gqa", default=False) and q.shape[-3] != k.shape[-3]:
+        times = q.shape[-3] // k.shape[-3]
+        if lead_k[-1] is None:
+            op.freeze(op.dim(q, -3), "is a query head of a key head that stays")
+        else:
+            lead_k[-1] = np.repeat(lead_k[-1], times)
+        shape_k[-1] *= times
+    keys = Value(tuple(shape_k), list(lead_k), k.name)
+    return broadcast(op, [_lead(q), keys], op.shape[:-2])
+
+
+def _lead(value: Value) -> Value:
+    return Value(value.shape[:-2], value.labels[:-2], value.name)

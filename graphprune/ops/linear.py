@@ -1,0 +1,125 @@
+"""Linear layers and matrix products: contracted dimensions meet, the others pass.
+
+    linear(x, w, b):   out[.., o] = sum_i w[o, i] x[.., i] + b[o]
+    matmul(a, b):      out[.., n, m] = sum_k a[.., n, k] b[.., k, m]
+"""
+
+from __future__ import annotations
+
+from graphprune.labels import Dim
+from graphprune.ops.pointwise import broadcast
+from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
+
+
+@rule(aten.linear)
+def linear(op: Op) -> Labels:
+    """`linear(x, w, b)`."""
+    x, weight, bias = op["input"], op["weight"], op["bias"]
+    labels = op.dims(x)
+    op.bind(weight, -1, labels[-1])
+    if len(weight.shape) == 1:
+        return labels[:-1]
+    out = op.dim(weight, 0)
+    if bias is not None:
+        out = op.bind(bias, -1, out) if bias.shape and bias.shape[-1] != 1 else out
+    op.produce(weight, 0)
+    op.zero = weight.zero
+    return [*labels[:-1], out]
+
+
+@rule(aten.bilinear)
+def bilinear(op: Op) -> Labels:
+    """`bilinear(x1, x2, w, b)`: w is (out, in1, in2)."""
+    a, b, weight, bias = op["input1"], op["input2"], op["weight"], op["bias"]
+    labels = op.dims(a)
+    op.bind(weight, 1, labels[-1])
+    op.bind(weight, 2, op.dim(b, -1))
+    leading = [op.equal(p, q) for p, q in zip(labels[:-1], op.dims(b)[:-1], strict=True)]
+    out = op.dim(weight, 0)
+    if bias is not None:
+        out = op.bind(bias, 0, out)
+    op.produce(weight, 0)
+    op.zero = True
+    return [*leading, out]
+
+
+@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
+def matmul(op: Op) -> Labels:
+    """Matrix product with broadcast batch dimensions."""
+    a: Value = op["self"]
+    b: Value = next(v for k, v in op.arguments.items() if k != "self" and isinstance(v, Value))
+    contract(op, a, -1, b, -2 if len(b.shape) > 1 else -1)
+    rows = [op.dim(a, -2)] if len(a.shape) > 1 else []
+    columns = [op.dim(b, -1)] if len(b.shape) > 1 else []
+    if len(b.shape) > 1 and not rows:
+        op.produce(b, len(b.shape) - 1)
+    batch = op.shape[: len(op.shape) - len(rows) - len(columns)]
+    leading = broadcast(op, [_leading(a, 2), _leading(b, 2)], batch)
+    if b.parameter:
+        op.produce(b, len(b.shape) - 1)
+    elif a.parameter:
+        op.produce(a, len(a.shape) - 2)
+    op.zero = a.zero and b.zero
+    return [*leading, *rows, *columns]
+
+
+@rule(aten.addmm, aten.baddbmm, aten.addmv)
+def addmm(op: Op) -> Labels:
+    """`addmm(c, a, b)` = c + a b."""
+    names = [k for k, v in op.arguments.items() if isinstance(v, Value) and k != "self"]
+    a, b, c = op[names[0]], op[names[1]], op["self"]
+    contract(op, a, -1, b, -2 if len(b.shape) > 1 else -1)
+    product = Value(op.shape, [*op.dims(a)[:-1], *([op.dim(b, -1)] if len(b.shape) > 1 else [])], op.name)
+    if len(a.shape) == 3:  # noqa: PLR2004 (batched)
+        product.labels[0] = op.equal(product.labels[0], op.dim(b, 0))
+    if b.parameter:
+        op.produce(b, len(b.shape) - 1)
+    op.zero = a.zero and b.zero and c.zero
+    return broadcast(op, [product, c], op.shape)
+
+
+@rule(aten.einsum)
+def einsum(op: Op) -> Labels:
+    """`einsum(equation, operands)`: dimensions with one letter live and die together."""
+    operands: list[Value] = op["tensors"]
+    equation = op["equation"].replace(" ", "")
+    inputs, _, output = equation.partition("->")
+    terms = inputs.split(",")
+    if "..." in equation or not output or any(len(t) != len(set(t)) for t in terms):
+        return op.decline("has an equation with an ellipsis, a diagonal or no output")
+    letters: dict[str, Dim] = {}
+    for letter in dict.fromkeys("".join(terms)):
+        where = [(v, t.index(letter)) for v, t in zip(operands, terms, strict=True) if letter in t]
+        letters[letter] = _letter(op, where)
+        if letter not in output and not any(v.zero for v, _ in where):
+            op.statistic(letters[letter])
+    op.zero = all(v.zero for v in operands)
+    return [letters[letter] for letter in output]
+
+
+def _letter(op: Op, where: list[tuple[Value, int]]) -> Dim:
+    """Couples the dimensions that share a letter."""
+    size = max(v.shape[d] for v, d in where)
+    where = [(v, d) for v, d in where if v.shape[d] == size]
+    first, dim = next(((v, d) for v, d in where if v.labels[d] is not UNBOUND), where[0])
+    labels = op.dim(first, dim)
+    for value, d in where:
+        if value is not first:
+            labels = op.bind(value, d, labels)
+    return labels
+
+
+def contract(op: Op, a: Value, dim_a: int, b: Value, dim_b: int) -> Dim:
+    """Couples two contracted dimensions; a sum over channels that are not zero when removed is a statistic across them."""
+    if a.labels[dim_a] is UNBOUND and b.labels[dim_b] is not UNBOUND:
+        labels = op.bind(a, dim_a, op.dim(b, dim_b))
+    else:
+        labels = op.bind(b, dim_b, op.dim(a, dim_a))
+    if not (a.zero or b.zero):
+        op.statistic(labels)
+    return labels
+
+
+def _leading(value: Value, drop: int) -> Value:
+    keep = max(len(value.shape) - drop, 0)
+    return Value(value.shape[:keep], value.labels[:keep], value.name)

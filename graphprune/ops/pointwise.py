@@ -1,0 +1,109 @@
+"""Elementwise operators: what meets by broadcasting lives and dies together; a dimension of size 1 couples nothing.
+
+    out[i] = f(a[i], b[i], ...)        labels: a = b = out, per dimension, where sizes are not 1
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphprune.labels import Dim
+from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
+
+
+@rule("pointwise", aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.native_dropout, aten.masked_fill, aten.fill, aten.copy,
+      aten.rrelu, aten.bernoulli)  # fmt: skip
+def pointwise(op: Op) -> Labels | list[Labels]:
+    """Couples all tensor arguments by broadcasting; the rule of every operator that PyTorch tags as pointwise."""
+    out = broadcast(op, op.values(), op.shape)
+    op.zero = keeps_zero(op)
+    return out if len(op.outputs) == 1 else [list(out) for _ in op.outputs]
+
+
+@rule(aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.to, aten._to_copy,
+      aten.type_as, aten.float, aten.zero, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like,
+      aten.empty_like, aten.positive, aten.requires_grad_, aten.cpu)  # fmt: skip
+def identity(op: Op) -> Labels:
+    """The output has the labels of the first argument."""
+    first = op.values()[0]
+    if op.name in {"aten::ones_like", "aten::full_like", "aten::rand_like", "aten::randn_like", "aten::empty_like"}:
+        op.zero = False
+    return op.dims(first)
+
+
+@rule(aten.prelu, aten._prelu_kernel)
+def prelu(op: Op) -> Labels:
+    """`prelu(x, w)`: one slope, or one per channel (dimension 1, or 0 for a vector)."""
+    x, weight = op["self"], op["weight"]
+    labels = op.dims(x)
+    if weight.shape == x.shape or len(weight.shape) == len(x.shape) > 1:
+        return broadcast(op, [x, weight], op.shape)
+    if weight.shape[0] > 1:
+        channel = 1 if len(x.shape) > 1 else 0
+        labels[channel] = op.bind(weight, 0, labels[channel])
+    return labels
+
+
+@rule(aten.glu)
+def glu(op: Op) -> Labels:
+    """`glu(x, dim)`: the two halves of `dim` are multiplied, so they live and die together."""
+    x: Value = op["self"]
+    dim = op.get("dim", -1) % len(x.shape)
+    labels = op.dims(x)
+    halves = labels[dim]
+    if halves is not None:
+        size = x.shape[dim] // 2
+        labels[dim] = op.equal(halves[:size], halves[size:])
+    return labels
+
+
+def broadcast(op: Op, values: list[Value], shape: tuple[int, ...]) -> Labels:
+    """Returns the labels of `shape` after coupling the values that are broadcast to it."""
+    out: Labels = []
+    for d in range(len(shape)):
+        back = d - len(shape)
+        meeting = [(v, len(v.shape) + back) for v in values if len(v.shape) + back >= 0 and v.shape[back] == shape[d]]
+        out.append(_meet(op, meeting) if shape[d] != 1 else None)
+    return out
+
+
+def _meet(op: Op, meeting: list[tuple[Value, int]]) -> Dim:
+    """Couples one dimension of several values; unmet parameter dimensions take the labels of the others."""
+    known = [(v, d) for v, d in meeting if v.labels[d] is not UNBOUND]
+    first, dim = (known or meeting)[0]
+    labels = op.dim(first, dim)
+    for value, d in meeting:
+        if value is not first or d != dim:
+            labels = op.bind(value, d, labels, f"meets {value.name if labels is not None else first.name}, which cannot shrink")
+    return labels
+
+
+_ZERO: dict[Any, bool] = {}
+
+
+def keeps_zero(op: Op) -> bool:
+    """Returns whether the output is zero where those arguments are that are zero on removed channels (found by trying it)."""
+    key = (op.target, tuple((k, v.zero if isinstance(v, Value) else repr(v)) for k, v in op.arguments.items()))
+    if key not in _ZERO:
+        _ZERO[key] = _try_zero(op)
+    return _ZERO[key]
+
+
+def _try_zero(op: Op) -> bool:
+    if all(v.zero for v in op.values()) is False and not any(v.zero for v in op.values()):
+        return False
+    arguments: dict[str, Any] = {
+        k: (torch.zeros(1) if v.zero else torch.full((1,), 0.7)) if isinstance(v, Value) else v for k, v in op.arguments.items()
+    }
+    for name in ("dtype", "layout", "device", "memory_format", "pin_memory"):
+        arguments.pop(name, None)
+    try:
+        with torch.inference_mode():
+            names = [a.name for a in op.target._schema.arguments if not a.kwarg_only]  # noqa: SLF001 (the schema is documented)
+            positional = [arguments.pop(n) for n in names if n in arguments]
+            result = op.target(*positional, **arguments)
+        return bool((result == 0).all())
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,172 @@
+"""The shape that all pruners share: config list and example inputs in, masks out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from graphprune.budgets import Plan, Rounding, keep_highest, kept_count
+from graphprune.config import ResolvedConfig, resolve
+from graphprune.criteria import Criterion, group_scores
+from graphprune.errors import ConfigError, InputError
+from graphprune.groups import trace
+from graphprune.masks import Masks, checked_tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from graphprune.graph import DependencyGraph, Group
+
+Cut: TypeAlias = Literal["blocks", "within", "both"]
+
+
+class Pruner:
+    """Scores the groups of a model with one criterion and keeps the best channels of each.
+
+    Args:
+        model: left as it is.
+        config_list: entries as in the seeds, see `graphprune.config`; a layer that no entry matches is kept whole.
+        criterion: scores channels, see `graphprune.criteria`.
+        example_inputs: what the model is run on to find its groups: a tensor, a tuple of arguments, a dict of keyword arguments, or
+            (arguments, keyword arguments).
+        rounding: of the kept count, "floor" or "ceil".
+        round_to: kept counts are multiples of this where there are enough channels.
+        cut: what goes where a dimension is cut into equal blocks (attention heads, conv groups): whole "blocks" (the default: widths
+            of heads, their scale and the width of conv groups stay as they were), positions "within" every block, or "both".
+        graph: the model's graph, if there is one already.
+
+    Raises:
+        ConfigError: the config list or an option is not usable.
+        InputError: there are no example inputs, or the model cannot run on them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        criterion: Criterion,
+        example_inputs: object = None,
+        *,
+        rounding: Rounding = "floor",
+        round_to: int = 1,
+        cut: Cut = "blocks",
+        graph: DependencyGraph | None = None,
+    ) -> None:
+        if example_inputs is None and graph is None:
+            raise InputError(
+                f"{type(self).__name__} has no example inputs to find the dependencies of {type(model).__name__} with",
+                "Pass example_inputs=, a tensor or a tuple of tensors that model(...) accepts",
+            )
+        kept_count(1, 0.5, rounding, round_to)
+        if cut not in ("blocks", "within", "both"):
+            raise ConfigError(f"cut is {cut!r}", "Use 'blocks', 'within' or 'both'")
+        self.model = model
+        self.criterion = criterion
+        self.rounding: Rounding = rounding
+        self.round_to = round_to
+        self.cut: Cut = cut
+        self.graph = graph if graph is not None else trace(model, example_inputs)
+        others = {n: t for n, t in self.graph.modules.items() if n not in self.graph.layers}
+        self.config = resolve(config_list, self.graph.layers, others)
+        self.plan = Plan()
+
+    def compress(self) -> tuple[nn.Module, Masks]:
+        """Returns (a copy of the model with the removed channels zeroed, the masks)."""
+        masks = self.masks()
+        return masks.masked(self.model), masks
+
+    def masks(self) -> Masks:
+        """Returns the masks; `plan` says afterwards what was asked of each group and why some lost less."""
+        start = time.perf_counter()
+        scores = self.scores()
+        requested, notes = wanted(self.graph, self.config, self.cut)
+        kept: dict[str, NDArray[np.bool_]] = {}
+        for group in self.graph.groups:
+            count = kept_count(group.channels, requested[group.name], self.rounding, self.round_to)
+            if count < group.channels:
+                kept[group.name] = keep_highest(scores[group.name], count)
+        self.plan = Plan(requested, notes, {"score": time.perf_counter() - start})
+        return Masks(self.graph, kept)
+
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Returns group name -> score per channel, higher = keep."""
+        return group_scores(self.graph, checked_tensors(self.model, self.graph), self.criterion)
+
+
+def wanted(graph: DependencyGraph, config: ResolvedConfig, cut: Cut) -> tuple[dict[str, float], dict[str, str]]:
+    """Returns what is asked of each group, and why some are asked for less.
+
+    A group's sparsity is the smallest that its producing layers ask for; an excluded or unmentioned producer keeps it whole. Where
+    groups overlap (a row dies with its head or with its width), `cut` says which are pruned.
+    """
+    requested: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    skipped = _skipped(graph, cut)
+    for group in graph.groups:
+        requested[group.name], notes[group.name] = _of_group(group, config)
+        if group.name in skipped:
+            requested[group.name], notes[group.name] = 0.0, skipped[group.name]
+    return requested, {k: v for k, v in notes.items() if v}
+
+
+def _of_group(group: Group, config: ResolvedConfig) -> tuple[float, str]:
+    asked: dict[str, float] = {}
+    for layer in group.layers:
+        if layer in config.excluded:
+            return 0.0, f"{layer} is excluded"
+        if layer not in config.layers:
+            return 0.0, f"{layer} is matched by no config entry"
+        entry = config.layers[layer]
+        asked[layer] = entry.sparsity
+    lowest = min(asked, key=lambda n: asked[n])
+    note = f"{lowest} asks for least" if len(set(asked.values())) > 1 else ""
+    return asked[lowest], note
+
+
+def _skipped(graph: DependencyGraph, cut: Cut) -> dict[str, str]:
+    """Returns the groups that stay whole because an overlapping one is pruned instead, with the reason."""
+    if cut == "both":
+        return {}
+    out: dict[str, str] = {}
+    for family in _overlapping(graph):
+        blocks = [g for g in family if g.role == "block"]
+        within = [g for g in family if g.role == "within"]
+        if blocks and within:
+            for group in within if cut == "blocks" else blocks:
+                out[group.name] = "whole blocks go instead (cut='blocks')" if cut == "blocks" else "positions within go instead (cut='within')"
+    return out
+
+
+def _overlapping(graph: DependencyGraph) -> list[list[Group]]:
+    """Returns families of groups that own the same positions jointly."""
+    owners: dict[tuple[str, int], list[Group]] = {}
+    for group in graph.groups:
+        if group.role:
+            for s in group.slices:
+                owners.setdefault((s.parameter, s.dim), []).append(group)
+    parent = {g.name: g.name for g in graph.groups if g.role}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for (parameter, dim), groups in owners.items():
+        for a, b in zip(groups, groups[1:], strict=False):
+            if _share(a, b, parameter, dim):
+                parent[root(a.name)] = root(b.name)
+    families: dict[str, list[Group]] = {}
+    for group in graph.groups:
+        if group.role:
+            families.setdefault(root(group.name), []).append(group)
+    return list(families.values())
+
+
+def _share(a: Group, b: Group, parameter: str, dim: int) -> bool:
+    owned_a = [s.index.ravel() for s in a.slices if (s.parameter, s.dim) == (parameter, dim)]
+    owned_b = [s.index.ravel() for s in b.slices if (s.parameter, s.dim) == (parameter, dim)]
+    return bool(np.intersect1d(np.concatenate(owned_a), np.concatenate(owned_b)).size)

@@ -1,0 +1,130 @@
+"""Setting the attributes of layers to the truth after their tensors were sliced.
+
+Attributes that restate a tensor's shape (`out_channels`, `num_features`, ...) follow from the table below. Attributes that are arguments
+of the recorded operator (`groups`, `num_groups`, `normalized_shape`) follow from what that argument counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from graphprune.surgery.rewriting import Removal
+
+Shape = tuple[int, ...]
+
+
+def _conv(module: Any) -> dict[str, int]:  # noqa: ANN401 (a module with the attributes of its class)
+    rows, columns = module.weight.shape[:2]
+    if isinstance(module, _ConvTransposeNd):
+        return {"in_channels": rows, "out_channels": columns * module.groups}
+    return {"out_channels": rows, "in_channels": columns * module.groups}
+
+
+def _bilinear(module: Any) -> dict[str, int]:  # noqa: ANN401
+    out, in1, in2 = module.weight.shape
+    return {"out_features": out, "in1_features": in1, "in2_features": in2}
+
+
+def _multihead(module: Any) -> dict[str, int]:  # noqa: ANN401
+    embed = module.out_proj.weight.shape[0]
+    if module.in_proj_weight is not None:
+        return {"embed_dim": embed, "kdim": embed, "vdim": embed}
+    return {"embed_dim": embed, "kdim": module.k_proj_weight.shape[1], "vdim": module.v_proj_weight.shape[1]}
+
+
+def _per_channel(name: str, source: str = "weight", dim: int = 0) -> Callable[[Any], dict[str, int]]:
+    """Returns a reader of one attribute that restates one size of one tensor."""
+
+    def read(module: Any) -> dict[str, int]:  # noqa: ANN401
+        tensor = getattr(module, source, None)
+        if tensor is None and source == "weight":
+            tensor = getattr(module, "running_mean", None)
+        return {} if tensor is None else {name: tensor.shape[dim]}
+
+    return read
+
+
+SHAPES: list[tuple[type[nn.Module], Callable[[Any], dict[str, int]]]] = [
+    (_ConvNd, _conv),
+    (nn.Linear, lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}),
+    (nn.Bilinear, _bilinear),
+    (_BatchNorm, _per_channel("num_features")),
+    (_NormBase, _per_channel("num_features")),
+    (nn.GroupNorm, _per_channel("num_channels")),
+    (nn.Embedding, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
+    (nn.EmbeddingBag, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
+    (nn.PReLU, _per_channel("num_parameters")),
+    (nn.MultiheadAttention, _multihead),
+]
+
+ARGUMENTS = ("groups", "num_groups", "normalized_shape")
+
+
+def set_attributes(model: nn.Module, removal: Removal) -> None:
+    """Sets every attribute that restates a size or an argument, on all layers of a shrunk model."""
+    modules = dict(model.named_modules())
+    for path, values in argument_values(removal).items():
+        for name, value in values.items():
+            current = getattr(modules[path], name, None)
+            if current is not None:
+                setattr(modules[path], name, type(current)(value) if isinstance(current, (tuple, list)) else value)
+    for path in dict.fromkeys(n.rpartition(".")[0] for n in removal.analysis.parameters):
+        if path in modules:
+            _set_shapes(modules[path], removal, path)
+    for path, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            _set_shapes(module, removal, path)
+
+
+def _set_shapes(module: nn.Module, _removal: Removal, _path: str) -> None:
+    for kind, read in SHAPES:
+        if isinstance(module, kind):
+            for name, value in read(module).items():
+                if hasattr(module, name):
+                    setattr(module, name, value)
+            return
+
+
+def argument_values(removal: Removal) -> dict[str, dict[str, Any]]:
+    """Returns module path -> attribute -> new value, for operator arguments that modules hold under the argument's name."""
+    out: dict[str, dict[str, Any]] = {}
+    analysis = removal.analysis
+    for node, notes in analysis.notes.items():
+        for path, labels in notes.extents.items():
+            if path[0] in ARGUMENTS and removal.loses(labels):
+                new = removal.count(labels)
+                values = out.setdefault(node.meta["module"], {})
+                if len(path) == 1:
+                    values[str(path[0])] = new
+                else:
+                    shape = values.get(str(path[0])) or list(node.args[1])
+                    shape[int(path[1])] = new
+                    values[str(path[0])] = shape
+    return out
+
+
+def explained(removal: Removal, path: Mapping[str, nn.Module]) -> bool:
+    """Returns whether every integer that must change belongs to a layer's own attributes (no size literal anywhere else)."""
+    for node, notes in removal.analysis.notes.items():
+        own = isinstance(path.get(node.meta["module"]), tuple(kind for kind, _ in SHAPES) + (nn.LayerNorm, nn.RMSNorm))
+        for where, labels in notes.extents.items():
+            if removal.loses(labels) and not (own and where[0] in ARGUMENTS):
+                return False
+        if any(removal.loses(labels) for labels in notes.remaps.values()):
+            return False
+        if any(removal.loses(labels) for _, labels in notes.constants.values()):
+            return False
+        if notes.become is not None and _pieces_change(notes, removal):
+            return False
+    return True
+
+
+def _pieces_change(notes: Any, removal: Removal) -> bool:  # noqa: ANN401 (notes of a rule)
+    return any(removal.loses(labels) for labels in (*notes.extents.values(), *notes.remaps.values()))

@@ -1,0 +1,126 @@
+"""What a node's call becomes once channels are gone: integers that count channels, index tables, implicit defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from graphprune.labelling import Analysis
+from graphprune.ops.registry import Value
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import fx
+
+    from graphprune.labels import Ids
+    from graphprune.ops.registry import Path
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """An analysed program together with the causes that go.
+
+    Attributes:
+        analysis: the program and its labels.
+        flags: boolean array over cause ids, True = goes.
+    """
+
+    analysis: Analysis
+    flags: NDArray[np.bool_]
+
+    def kept(self, value: Value, dim: int) -> Ids:
+        """Returns the positions of a value's dimension that survive."""
+        return self.analysis.kept(value.labels[dim], value.shape[dim], self.flags)
+
+    def count(self, labels: Ids) -> int:
+        """Returns how many of `labels` survive."""
+        return int((~self.analysis.table.removed(labels, self.flags)).sum()) if labels.size else 0
+
+    def loses(self, labels: Ids) -> bool:
+        """Returns whether any of `labels` goes."""
+        return bool(labels.size) and bool(self.analysis.table.removed(labels, self.flags).any())
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call with named arguments; tensors are nodes, or tensors where an index table was renumbered."""
+
+    target: Any
+    arguments: dict[str, Any]
+
+    def split(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns positional and keyword arguments as the operator's schema asks for them."""
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        gap = False
+        for a in self.target._schema.arguments:  # noqa: SLF001 (the schema is documented)
+            if a.name not in self.arguments:
+                gap = True
+            elif a.kwarg_only or gap:
+                keywords[a.name] = self.arguments[a.name]
+            else:
+                positional.append(self.arguments[a.name])
+        return tuple(positional), keywords
+
+
+def rewrite(node: fx.Node, removal: Removal) -> tuple[Call, list[Path]]:
+    """Returns the call of a node after the removal, and the paths of the arguments that changed."""
+    notes = removal.analysis.notes[node]
+    target: Any = node.target
+    arguments = named_arguments(node)
+    changed = [p for p, labels in notes.extents.items() if removal.loses(labels)]
+    renumbered = [p for p, labels in notes.remaps.items() if removal.loses(labels)]
+    explicit = {k: v for k, (v, labels) in notes.constants.items() if removal.loses(labels)}
+    if notes.become is not None and (changed or renumbered):
+        target, arguments = notes.become[0], {k: _lowered(v, node) for k, v in notes.become[1].items()}
+    for path in changed:
+        arguments = _replaced(arguments, path, removal.count(notes.extents[path]))
+    for path in renumbered:
+        table = _at(arguments, path)
+        literal = table if isinstance(table, torch.Tensor) else removal.analysis.values[table].tensor
+        output = removal.analysis.values[node]
+        arguments = _replaced(arguments, path, _renumbered(literal, notes.remaps[path], output, removal))
+    arguments.update(explicit)
+    return Call(target, arguments), [*changed, *renumbered, *((k,) for k in explicit)]
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Returns a node's arguments by schema name."""
+    target: Any = node.target
+    names = [a.name for a in target._schema.arguments]  # noqa: SLF001 (the schema is documented)
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _lowered(value: Any, node: fx.Node) -> Any:  # noqa: ANN401 (any argument)
+    """Replaces a rule's value by the node behind it (the first tensor argument of the original call)."""
+    return node.all_input_nodes[0] if isinstance(value, Value) else value
+
+
+def _renumbered(table: torch.Tensor, labels: Ids, output: Value, removal: Removal) -> torch.Tensor:
+    """Returns the index table with removed entries dropped and the rest pointing at where their targets are now."""
+    gone = removal.analysis.table.removed(labels, removal.flags)
+    position = np.cumsum(~gone) - 1
+    flat = table.cpu().numpy() % labels.size
+    del output
+    return torch.from_numpy(position[flat[~gone[flat]]]).to(table.device)
+
+
+def _at(arguments: Any, path: Path) -> Any:  # noqa: ANN401 (any argument)
+    for step in path:
+        arguments = arguments[step]
+    return arguments
+
+
+def _replaced(container: Any, path: Path, value: Any) -> Any:  # noqa: ANN401 (any argument)
+    """Returns a copy of nested arguments with one entry replaced (missing entries of lists are left alone)."""
+    if not path:
+        return value
+    step, rest = path[0], path[1:]
+    if isinstance(container, dict):
+        return {**container, step: _replaced(container.get(step), rest, value)}
+    items = list(container)
+    items[int(step)] = _replaced(items[int(step)], rest, value)
+    return items

@@ -1,0 +1,58 @@
+"""Slicing the tensors of a module: a copy that never copies what is dropped, or in place with a way back."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    Positions = Mapping[str, Mapping[int, NDArray[Any]]]
+
+
+def sliced(tensor: torch.Tensor, dims: Mapping[int, NDArray[Any]]) -> torch.Tensor:
+    """Returns the kept positions of a tensor, as new memory."""
+    out = tensor.detach()
+    for dim, keep in dims.items():
+        out = out.index_select(dim, torch.from_numpy(keep).to(out.device))
+    return out
+
+
+def like(original: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """Returns `data` as the same kind of tensor as `original`: parameter or buffer, subclass, requires_grad, Python attributes."""
+    if isinstance(original, nn.Parameter):
+        made: torch.Tensor = nn.Parameter(data, requires_grad=original.requires_grad)
+        if type(original) is not nn.Parameter:
+            made = data.as_subclass(type(original)).requires_grad_(original.requires_grad)
+    else:
+        made = data.requires_grad_(original.requires_grad)
+    made.__dict__.update(original.__dict__)
+    return made
+
+
+def shrunk_copy(model: nn.Module, tensors: Mapping[str, torch.Tensor], positions: Positions) -> nn.Module:
+    """Returns a deep copy of a module whose tensors keep only the given positions; the dropped weights are never copied."""
+    memo: dict[int, Any] = {id(tensors[name]): like(tensors[name], sliced(tensors[name], dims)) for name, dims in positions.items()}
+    return copy.deepcopy(model, memo)
+
+
+def shrink_in_place(tensors: Mapping[str, torch.Tensor], positions: Positions) -> dict[str, torch.Tensor]:
+    """Slices tensors in place (their identity stays, gradients go); returns the old data, by name."""
+    old: dict[str, torch.Tensor] = {}
+    for name, dims in positions.items():
+        old[name] = tensors[name].data
+        tensors[name].grad = None
+        tensors[name].data = sliced(tensors[name], dims)
+    return old
+
+
+def put_back(tensors: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> None:
+    """Undoes :func:`shrink_in_place`."""
+    for name, data in old.items():
+        tensors[name].data = data

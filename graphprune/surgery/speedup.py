@@ -1,0 +1,254 @@
+"""Physical removal: masks in, a smaller model out, checked against the masked model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphprune.budgets import Plan
+from graphprune.cost import Cost, count
+from graphprune.errors import GraphPruneError, InputError, VerificationError
+from graphprune.groups import trace
+from graphprune.inputs import undisturbed
+from graphprune.masks import Masks, checked_tensors
+from graphprune.surgery.attributes import explained, set_attributes
+from graphprune.surgery.graphmodule import rewritten
+from graphprune.surgery.report import GroupReport, SpeedupReport
+from graphprune.surgery.rewriting import Removal
+from graphprune.surgery.slicing import like, put_back, shrink_in_place, shrunk_copy, sliced
+from graphprune.verification import Check, difference, first_difference, masked_outputs, output_tensors, require, tolerance_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from graphprune.graph import DependencyGraph, Group
+    from graphprune.inputs import Inputs
+
+
+def speedup(
+    model: nn.Module,
+    masks: Masks,
+    example_inputs: object = None,
+    *,
+    verify: bool = True,
+    inplace: bool = False,
+    result: Literal["auto", "module", "graph"] = "auto",
+    plan: Plan | None = None,
+) -> tuple[nn.Module, SpeedupReport]:
+    """Returns the model without the masked channels, and a report.
+
+    The result is of the model's own class, its tensors sliced and its attributes set to the truth, wherever that reproduces the masked
+    model. Where the forward's own size literals forbid it, the result is a `torch.fx.GraphModule` with rewritten integers; the report
+    says which and why.
+
+    Args:
+        model: the model that the masks were made for; left as it is unless `inplace`.
+        masks: what to keep, see `Masks`.
+        example_inputs: to run the model on; by default those that the masks' graph was traced with.
+        verify: compare with the masked model, on every run. Without it a result of the model's own class is only run, not compared.
+        inplace: shrink the given model instead of a copy (tensors keep their identity, gradients are dropped). On failure it is put back.
+        result: "module" insists on the model's own class, "graph" on a GraphModule.
+        plan: what was asked of each group, for the report.
+
+    Raises:
+        MaskError: the masks were made for another model.
+        VerificationError: the result does not compute what the masked model computes; the first operator that differs is named.
+    """
+    surgeon = _Surgeon(model, _fitting(model, masks, example_inputs), verify=verify, inplace=inplace)
+    small, kind, reason, check = surgeon.operate(result)
+    return small, surgeon.report(small, kind, reason, check, plan or Plan())
+
+
+def _fitting(model: nn.Module, masks: Masks, example_inputs: object) -> Masks:
+    """Returns the masks on a graph whose recording is of these inputs; the given one unless other inputs are given."""
+    checked_tensors(model, masks.graph)
+    recorded = masks.graph.engine.program.inputs
+    if example_inputs is None or example_inputs is recorded or _same(example_inputs, recorded):
+        return masks
+    graph = trace(model, example_inputs)
+    return Masks(graph, {name: masks[name] for name in masks})
+
+
+def _same(example_inputs: object, recorded: Inputs) -> bool:
+    from graphprune.inputs import normalise  # noqa: PLC0415 (only needed here)
+
+    mine, theirs = normalise(example_inputs).tensors(), recorded.tensors()
+    return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+
+
+class _Surgeon:
+    """One speedup: the model, what goes, and how long each step took."""
+
+    def __init__(self, model: nn.Module, masks: Masks, *, verify: bool, inplace: bool) -> None:
+        self.model = model
+        self.masks = masks
+        self.graph: DependencyGraph = masks.graph
+        self.verify = verify
+        self.inplace = inplace
+        analysis = self.graph.engine
+        self.removal = Removal(analysis, analysis.removed(masks.removed_causes))
+        self.inputs: Inputs = analysis.program.inputs
+        self.positions = masks.positions()
+        self.tensors = checked_tensors(model, self.graph)
+        self.seconds = {"shrink": 0.0, "verify": 0.0, "count": 0.0}
+        self.before: Cost | None = None
+
+    def operate(self, result: str) -> tuple[nn.Module, Literal["module", "graph"], str, Check | None]:
+        """Shrinks and checks; returns the result, its kind, why that kind, and the check."""
+        reference = self._reference() if self.verify else None
+        if self.verify:
+            start = time.perf_counter()
+            self.before = count(self.model, self.inputs)
+            self.seconds["count"] += time.perf_counter() - start
+        why = "asked for"
+        if result != "graph":
+            module, why, check = self._own_class(reference)
+            if module is not None:
+                return module, "module", "", check
+            if result == "module":
+                raise VerificationError(f"the model's own class cannot be kept: {why}", "Use result='auto' to get a GraphModule instead")
+        if self.inplace:
+            raise VerificationError(f"the model cannot be shrunk in place: {why}", "Use inplace=False to get a GraphModule instead")
+        start = time.perf_counter()
+        small, remark = rewritten(self.model, self.removal, self.masks, self._sliced())
+        self.seconds["shrink"] += time.perf_counter() - start
+        check_graph = self._check(small, reference) if reference is not None else None
+        if check_graph is not None and not check_graph.passed:
+            require(check_graph, self._where(small, check_graph))
+        return small, "graph", "; ".join(filter(None, [why, remark])), check_graph
+
+    # -- own class ---------------------------------------------------------------------------------------------------------------
+
+    def _own_class(self, reference: _Reference | None) -> tuple[nn.Module | None, str, Check | None]:
+        """Returns the model's own class shrunk, or None and why it cannot be kept."""
+        start = time.perf_counter()
+        simple = explained(self.removal, self.graph.engine.program.modules)
+        old: dict[str, torch.Tensor] = {}
+        saved = [(m, dict(vars(m))) for m in self.model.modules()] if self.inplace else []
+        if self.inplace:
+            old = shrink_in_place(self.tensors, self.positions)
+            small = self.model
+        else:
+            small = shrunk_copy(self.model, self.tensors, self.positions)
+        set_attributes(small, self.removal)
+        self.seconds["shrink"] += time.perf_counter() - start
+        try:
+            check = self._check(small, reference) if reference is not None else None
+            why = self._verdict(small, check, simple=simple)
+        except BaseException:
+            _restore(self.tensors, old, saved)
+            raise
+        if why and self.inplace:
+            _restore(self.tensors, old, saved)
+        return (None if why else small), why, check
+
+    def _verdict(self, small: nn.Module, check: Check | None, *, simple: bool) -> str:
+        """Returns why a shrunk module of the model's own class may not be returned, or ""."""
+        if check is None:
+            return "" if simple or self._runs(small) else f"{type(small).__name__}.forward states sizes that cannot be changed from outside"
+        if check.passed:
+            return ""
+        where = self._where(small, check)
+        if simple:
+            require(check, where)
+        return f"the forward of {type(small).__name__} has sizes of its own: it departs from the masked model at {where}"
+
+    def _runs(self, small: nn.Module) -> bool:
+        try:
+            with undisturbed(small):
+                self.inputs.copied().call(small)
+        except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes means no)
+            return False
+        return True
+
+    # -- checking ----------------------------------------------------------------------------------------------------------------
+
+    def _reference(self) -> _Reference:
+        start = time.perf_counter()
+        with undisturbed(self.model):
+            dense = output_tensors(self.inputs.copied().call(self.model))
+        masked = masked_outputs(self.removal, self.masks)
+        self.seconds["verify"] += time.perf_counter() - start
+        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in dense):
+            raise InputError("the model's output on the example inputs is not finite, so nothing can be verified", "Pass other inputs")
+        return _Reference(masked, difference(dense, masked), tolerance_for(masked))
+
+    def _check(self, small: nn.Module, reference: _Reference) -> Check:
+        start = time.perf_counter()
+        error = float("inf")
+        try:
+            with undisturbed(small):
+                error = difference(reference.masked, output_tensors(self.inputs.copied().call(small)))
+        except GraphPruneError:
+            raise
+        except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes counts as different)
+            error = float("inf")
+        self.seconds["verify"] += time.perf_counter() - start
+        return Check(error, reference.effect, reference.tolerance)
+
+    def _where(self, small: nn.Module, check: Check) -> str:
+        try:
+            return first_difference(small, self.inputs, self.removal, self.masks, check.tolerance)
+        except GraphPruneError as error:
+            return error.what
+
+    # -- results -----------------------------------------------------------------------------------------------------------------
+
+    def _sliced(self) -> dict[str, torch.Tensor]:
+        program = self.graph.engine.program
+        tensors = {n: self.tensors.get(n, t) for n, t in program.tensors.items()}
+        return {n: like(t, sliced(t, self.positions[n])) if n in self.positions else like(t, t.detach().clone()) for n, t in tensors.items()}
+
+    def report(self, small: nn.Module, kind: Literal["module", "graph"], reason: str, check: Check | None, plan: Plan) -> SpeedupReport:
+        """Returns the report on the finished speedup."""
+        start = time.perf_counter()
+        after = count(small, self.inputs) if self.verify else None
+        self.seconds["count"] += time.perf_counter() - start
+        return SpeedupReport(
+            kind=kind,
+            reason=reason,
+            verified=check is not None,
+            error=check.error if check else 0.0,
+            effect=check.effect if check else 0.0,
+            tolerance=check.tolerance if check else 0.0,
+            before=self.before,
+            after=after,
+            groups=tuple(self._group_report(g, plan) for g in self.graph.groups),
+            frozen=self.graph.frozen,
+            unknown=self.graph.unknown,
+            seconds={**self.graph.seconds, **plan.seconds, **self.seconds},
+        )
+
+    def _group_report(self, group: Group, plan: Plan) -> GroupReport:
+        kept = int(self.masks[group.name].sum())
+        params = sum(
+            int(np.prod(self.graph.shapes[s.parameter])) // self.graph.shapes[s.parameter][s.dim] * s.index.shape[1] * (group.channels - kept)
+            for s in group.slices
+            if isinstance(self.tensors.get(s.parameter), nn.Parameter)
+        )
+        requested, note = plan.requested.get(group.name), plan.notes.get(group.name, "")
+        return GroupReport(group.name, group.layers, group.channels, kept, group.verdict, requested, note, params)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """The masked model's outputs, the mask's effect, and the tolerance that fits their precision."""
+
+    masked: list[torch.Tensor]
+    effect: float
+    tolerance: float
+
+
+def _restore(tensors: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor], saved: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Puts a model that was shrunk in place back as it was."""
+    put_back(tensors, old)
+    for module, attributes in saved:
+        vars(module).clear()
+        vars(module).update(attributes)
+
+

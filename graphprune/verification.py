@@ -1,0 +1,230 @@
+"""Checking that the shrunk model computes what the masked model computes, on every run.
+
+The masked model is the original one with the removed channels' slices zeroed. Where an operator takes a statistic across channels
+(LayerNorm, softmax, mean), the reference takes it over the kept channels only; everything else runs at full width on zeros.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from graphprune.errors import VerificationError
+from graphprune.ops.registry import UNBOUND, Value
+from graphprune.surgery.rewriting import Removal, rewrite
+from graphprune.tracing import record
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from graphprune.inputs import Inputs
+    from graphprune.masks import Masks
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a verification found.
+
+    Attributes:
+        error: largest difference between shrunk and masked outputs, relative to the largest masked output.
+        effect: largest difference between masked and original outputs, relative to the largest original output.
+        tolerance: what the error is held against.
+    """
+
+    error: float
+    effect: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within tolerance."""
+        return self.error <= self.tolerance
+
+
+def output_tensors(output: object) -> list[torch.Tensor]:
+    """Returns all tensors of a model's output, in order, through tuples, lists, dicts and dataclasses."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, dict):
+        parts: Iterator[Any] = iter(output.values())
+    elif isinstance(output, (list, tuple)):
+        parts = iter(output)
+    elif hasattr(output, "__dataclass_fields__"):
+        parts = (getattr(output, name) for name in output.__dataclass_fields__)
+    else:
+        return []
+    return [t for part in parts for t in output_tensors(part)]
+
+
+def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Returns the largest difference between two outputs, relative to the largest value of the first; inf where shapes differ."""
+    if len(a) != len(b):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if x.numel():
+            x64, y64 = _plain(x), _plain(y)
+            scale = float(x64.abs().max())
+            gap = float((x64 - y64).abs().max())
+            relative = gap / scale if scale > 0 else gap
+            worst = max(worst, relative if relative == relative else float("inf"))  # noqa: PLR0124 (NaN is not itself)
+    return worst
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x).double() if x.is_complex() else x.double()
+
+
+def tolerance_for(outputs: list[torch.Tensor]) -> float:
+    """Returns the tolerance of the coarsest floating dtype among outputs."""
+    return max((TOLERANCE.get(t.dtype, 0.0) for t in outputs), default=0.0) or TOLERANCE[torch.float64]
+
+
+# -- the masked reference ----------------------------------------------------------------------------------------------------------
+
+
+def masked_outputs(removal: Removal, masks: Masks, on_value: Callable[[fx.Node, Any], None] | None = None) -> list[torch.Tensor]:
+    """Returns the outputs of the masked model, run from the recording at full width; parameters are masked as they are read."""
+    program = removal.analysis.program
+    positions = masks.positions()
+    env: dict[fx.Node, Any] = {}
+    last = _last_uses(program.graph)
+    arguments = iter([*program.inputs.copied().args, *program.inputs.copied().kwargs.values()])
+    with torch.inference_mode():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(arguments)
+            elif node.op == "get_attr":
+                env[node] = _masked_tensor(str(node.target), removal, positions)
+            elif node.op == "output":
+                return output_tensors(_loaded(node.args[0], env))
+            else:
+                env[node] = _masked_call(node, env, removal)
+                if on_value is not None:
+                    on_value(node, env[node])
+            for done in last.get(node, ()):
+                env.pop(done, None)
+    return []
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    seen: set[fx.Node] = set()
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                out.setdefault(node, []).append(source)
+    return out
+
+
+def _masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, Any]]) -> torch.Tensor:
+    program = removal.analysis.program
+    tensor = program.tensors[name] if name in program.tensors else program.constants[name]
+    dims = positions.get(name)
+    if not dims or name.endswith("running_var"):
+        return tensor
+    tensor = tensor.detach()
+    for dim, keep in dims.items():
+        gone = np.setdiff1d(np.arange(tensor.shape[dim]), keep)
+        tensor = tensor.index_fill(dim, torch.from_numpy(gone).to(tensor.device), 0)
+    return tensor
+
+
+def _loaded(value: Any, env: dict[fx.Node, Any]) -> Any:  # noqa: ANN401 (any argument)
+    if hasattr(value, "all_input_nodes"):
+        return env[value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_loaded(v, env) for v in value) if type(value) in (list, tuple) else [_loaded(v, env) for v in value]
+    if isinstance(value, dict):
+        return {k: _loaded(v, env) for k, v in value.items()}
+    return value
+
+
+def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:  # noqa: ANN401 (any result)
+    target: Any = node.target
+    notes = removal.analysis.notes.get(node)
+    if notes is not None and any(removal.loses(labels) for labels in notes.statistics):
+        return _over_kept(node, env, removal)
+    args, kwargs = _loaded(node.args, env), _loaded(dict(node.kwargs), env)
+    if target is operator.getitem and not hasattr(args[0], "__getitem__"):
+        return None
+    return target(*args, **kwargs)
+
+
+def _over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:  # noqa: ANN401 (any result)
+    """Runs one operator on kept channels only, and puts its result back at full width with zeros elsewhere."""
+    call, _ = rewrite(node, removal)
+    small = {n: _gathered(env[n], removal.analysis.values[n], removal) for n in node.all_input_nodes}
+    args, kwargs = call.split()
+    result = call.target(*_loaded(args, small), **_loaded(kwargs, small))
+    values = removal.analysis.values[node]
+    if isinstance(values, list):
+        return type(result)(_scattered(r, v, removal) for r, v in zip(result, values, strict=True))
+    return _scattered(result, values, removal)
+
+
+def _gathered(tensor: Any, value: Value, removal: Removal) -> Any:  # noqa: ANN401 (any value)
+    for d, labels in enumerate(value.labels if isinstance(value, Value) else ()):
+        if labels is not None and labels is not UNBOUND and removal.loses(labels):
+            tensor = tensor.index_select(d, torch.from_numpy(removal.kept(value, d)).to(tensor.device))
+    return tensor
+
+
+def _scattered(tensor: torch.Tensor, value: Value, removal: Removal) -> torch.Tensor:
+    for d, labels in enumerate(value.labels):
+        if labels is not None and labels is not UNBOUND and removal.loses(labels):
+            wide = list(tensor.shape)
+            wide[d] = value.shape[d]
+            index = torch.from_numpy(removal.kept(value, d)).to(tensor.device)
+            tensor = tensor.new_zeros(wide).index_copy(d, index, tensor)
+    return tensor
+
+
+# -- finding where ---------------------------------------------------------------------------------------------------------------
+
+
+def first_difference(small: nn.Module, inputs: Inputs, removal: Removal, masks: Masks, tolerance: float) -> str:
+    """Returns where the shrunk model first departs from the masked one: operator and module path, in the order of execution."""
+    wanted: list[tuple[fx.Node, torch.Tensor]] = []
+    masked_outputs(removal, masks, lambda n, v: wanted.append((n, v.clone())) if isinstance(v, torch.Tensor) else None)
+    found: list[tuple[fx.Node, torch.Tensor]] = []
+    record(small, inputs, lambda n, v: found.append((n, v.clone())))
+    for (node, full), (other, actual) in zip(wanted, found, strict=False):
+        place = f"{_name(node)} in {node.meta['module'] or 'the model itself'}"
+        if node.target != other.target:
+            return f"{place}, where the shrunk model runs {_name(other)} instead"
+        expected = _gathered(full, removal.analysis.values[node], removal)
+        if tuple(expected.shape) != tuple(actual.shape):
+            return f"{place}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+        if expected.is_floating_point() and difference([expected], [actual]) > tolerance:
+            return f"{place}: relative difference {difference([expected], [actual]):.1e}"
+    return "no single operator: the programs agree node by node"
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    return str(schema.name).removeprefix("aten::") if schema is not None else str(target)
+
+
+def require(check: Check, where: str) -> None:
+    """Raises when a check failed.
+
+    Raises:
+        VerificationError: naming error, tolerance and the first operator that differs.
+    """
+    if not check.passed:
+        raise VerificationError(
+            f"the shrunk model differs from the masked model by {check.error:.1e} (relative; at most {check.tolerance:.0e}), first at {where}",
+            "This is a defect in graphprune or in a custom rule: keep the layers named above whole with exclude, and report it",
+        )

@@ -1,0 +1,1 @@
+"""What several test files and tools share: networks, oracles and measurements."""
