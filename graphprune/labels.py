@@ -23,6 +23,7 @@ Dim: TypeAlias = "Ids | None"
 
 FROZEN = 0
 NO_REASON = -1
+WIDTH = 4  # causes that a product's row holds; products of more are looked up one by one
 
 
 class LabelTable:
@@ -34,7 +35,9 @@ class LabelTable:
         self._left: Ids = np.full(1024, -1, dtype=np.int64)
         self._right: Ids = np.full(1024, -1, dtype=np.int64)
         self._reason: Ids = np.full(1024, NO_REASON, dtype=np.int64)
-        self._products: dict[tuple[int, ...], int] = {}
+        self._rows: Ids = np.zeros((1024, WIDTH), dtype=np.int64)
+        self._seen: Ids = np.full((1024, WIDTH), -1, dtype=np.int64)
+        self._products: dict[bytes, int] = {}
         self._leaves: dict[int, tuple[int, ...]] = {}
 
     # -- making labels ---------------------------------------------------------------------------------------------------------------
@@ -61,7 +64,31 @@ class LabelTable:
         """Returns one product id per pair of distinct, canonical, live labels."""
         ids = self.fresh(a.size)
         self._left[ids], self._right[ids] = a, b
+        row_a, row_b = self._row(a), self._row(b)
+        count_a, count_b = (row_a != FROZEN).sum(axis=1), (row_b != FROZEN).sum(axis=1)
+        fits = (count_a + count_b <= WIDTH) & (row_a[:, 0] >= 0) & (row_b[:, 0] >= 0)
+        rows = row_a.copy()
+        for k in range(WIDTH):
+            at = np.flatnonzero(fits & (k < count_b))
+            rows[at, count_a[at] + k] = row_b[at, k]
+        rows[~fits, 0] = -1
+        self._rows[ids] = rows
         return self.canonical(ids)
+
+    def _row(self, labels: Ids) -> Ids:
+        """Returns the causes of canonical labels as they were put together, padded with 0; -1 first where there are too many."""
+        atoms = self._left[labels] < 0
+        rows = self._rows[labels]
+        if (~atoms).any():
+            where = np.flatnonzero(~atoms)
+            for i in where[(self._left[self.find(np.maximum(rows[where], 0))] >= 0).any(axis=1)].tolist():
+                self._fresh_leaves(int(labels[i]))
+            rows = self._rows[labels]
+            front = np.argsort(rows[where] == FROZEN, axis=1, kind="stable")
+            rows[where] = np.take_along_axis(rows[where], front, axis=1)
+        rows[atoms] = FROZEN
+        rows[atoms, 0] = labels[atoms]
+        return rows
 
     # -- reading labels --------------------------------------------------------------------------------------------------------------
 
@@ -80,24 +107,52 @@ class LabelTable:
     def canonical(self, ids: Ids) -> Ids:
         """Returns ids such that two labels are the same set exactly if their ids are equal."""
         roots = self.find(ids)
-        if not (self._left[roots] >= 0).any():
+        joint = self._left[roots] >= 0
+        if not joint.any():
             return roots
-        unique, where = np.unique(roots, return_inverse=True)
-        for i in np.flatnonzero(self._left[unique] >= 0):
-            unique[i] = self._canonical_product(int(unique[i]))
-        return unique[where].reshape(ids.shape)
+        unique, where = np.unique(roots[joint], return_inverse=True)
+        rows, plain = self._sorted_leaves(unique)
+        known = plain & (self._seen[unique] == rows).all(axis=1)
+        for i in np.flatnonzero(~known).tolist():
+            row = rows[i] if plain[i] else self._fresh_leaves(int(unique[i]))
+            unique[i] = self._intern(int(unique[i]), row)
+        roots[joint] = unique[where]
+        return roots
 
-    def _canonical_product(self, root: int) -> int:
+    def _sorted_leaves(self, products: Ids) -> tuple[Ids, Flags]:
+        """Returns per product its causes, descending and padded with 0, and for which products that could be told from its row."""
+        leaves = self._rows[products]
+        wide = leaves[:, 0] < 0
+        leaves = self.find(np.maximum(leaves, 0))
+        plain = ~wide & (self._left[leaves] < 0).all(axis=1)
+        rows = -np.sort(-leaves, axis=1)
+        double = rows[:, 1:] == rows[:, :-1]
+        if double.any():
+            rows[:, 1:][double] = FROZEN
+            rows = -np.sort(-rows, axis=1)
+        return rows, plain
+
+    def _fresh_leaves(self, root: int) -> Ids:
+        """Looks a product's causes up again after one of them was refined; returns them descending (padded when few)."""
         leaves = self.causes(root)
-        if not leaves:
-            target = FROZEN
-        elif len(leaves) == 1:
-            target = leaves[0]
+        if len(leaves) > WIDTH:
+            self._rows[root, 0] = -1
+            return np.array(sorted(leaves, reverse=True), dtype=np.int64)
+        self._rows[root] = np.array([*leaves, *[FROZEN] * (WIDTH - len(leaves))], dtype=np.int64)
+        return -np.sort(-self._rows[root])
+
+    def _intern(self, root: int, row: Ids) -> int:
+        """Returns the one id that stands for a set of causes, and makes `root` point to it."""
+        count = int((row != FROZEN).sum())
+        if count <= 1:
+            target = int(row[0])
         else:
-            key = tuple(sorted(leaves))
+            key = row.tobytes()
             target = self._products.setdefault(key, root)
             if self._parent[target] != target:
                 target = self._products[key] = root
+            if count <= WIDTH:
+                self._seen[target] = row
         if target != root:
             self._parent[root] = target
         return target
@@ -191,13 +246,18 @@ class LabelTable:
             elif (atoms_a | atoms_b).any():
                 frozen += self._substitute_atoms(a, b, atoms_a, atoms_b, reason)
             else:
-                frozen += sum(self._unify_products(int(x), int(y), reason) for x, y in pairs)
+                frozen += self._unify_all_products(a, b, reason)
 
     def _substitute_atoms(self, a: Ids, b: Ids, atoms_a: Flags, atoms_b: Flags, reason: int) -> int:
         """Replaces atoms by the products that they meet, each atom once; returns how many causes were frozen."""
         mixed = atoms_a | atoms_b
         atom, product = np.where(atoms_a, a, b)[mixed], np.where(atoms_a, b, a)[mixed]
         _, first = np.unique(atom, return_index=True)
+        left, right, plain = self._plain(product[first])
+        if plain.all() and not np.isin(atom[first], np.concatenate([left, right])).any():
+            self._parent[atom[first]] = product[first]
+            self._leaves.clear()
+            return 0
         frozen = 0
         for x, p in zip(atom[first].tolist(), product[first].tolist(), strict=True):
             leaves = self.causes(p)
@@ -208,6 +268,25 @@ class LabelTable:
             else:
                 self._parent[x] = p
                 self._leaves.clear()
+        return frozen
+
+    def _plain(self, products: Ids) -> tuple[Ids, Ids, Flags]:
+        """Returns the two causes of products in order, and which products have exactly two."""
+        rows = self._row(products)
+        parts = self.find(np.maximum(rows[:, :2], 0))
+        two = (rows[:, 0] > 0) & (rows[:, 1] > 0) & (rows[:, 2] == FROZEN) & (self._left[parts] < 0).all(axis=1)
+        return parts[:, 0], parts[:, 1], two & (parts != FROZEN).all(axis=1) & (parts[:, 0] != parts[:, 1])
+
+    def _unify_all_products(self, a: Ids, b: Ids, reason: int) -> int:
+        """Makes pairs of products equal: pairs of two atoms each at once, others one by one."""
+        (la, ra, plain_a), (lb, rb, plain_b) = self._plain(a), self._plain(b)
+        plain = plain_a & plain_b
+        frozen = sum(self._unify_products(int(x), int(y), reason) for x, y in zip(a[~plain], b[~plain], strict=True))
+        la, ra, lb, rb = la[plain], ra[plain], lb[plain], rb[plain]
+        crossed = (la == rb) | (ra == lb)
+        lb, rb = np.where(crossed, rb, lb), np.where(crossed, lb, rb)
+        if la.size:
+            frozen += self.unify(np.concatenate([la, ra]), np.concatenate([lb, rb]), reason)
         return frozen
 
     def _unify_products(self, x: int, y: int, reason: int) -> int:
@@ -326,6 +405,8 @@ class LabelTable:
             self._left = np.concatenate([self._left, np.full(extra, -1, dtype=np.int64)])
             self._right = np.concatenate([self._right, np.full(extra, -1, dtype=np.int64)])
             self._reason = np.concatenate([self._reason, np.full(extra, NO_REASON, dtype=np.int64)])
+            self._rows = np.concatenate([self._rows, np.zeros((extra, WIDTH), dtype=np.int64)])
+            self._seen = np.concatenate([self._seen, np.full((extra, WIDTH), -1, dtype=np.int64)])
         self._size = max(self._size, size)
 
 

@@ -22,6 +22,7 @@ GOOD: dict[str, Any] = {
     "failures": {},
     "finished": True,
     "unknown": [],
+    "off_target": [],
     "coverage_faults": 0,
     "control": 0.5,
     "permutation_error": 1e-15,
@@ -34,6 +35,7 @@ GOOD: dict[str, Any] = {
 }
 BAD = {
     "unknown": ["aten::hardswish_"],
+    "off_target": ["conv1"],
     "coverage_faults": 1,
     "permutation_error": 1e-9,
     "control": 1e-3,

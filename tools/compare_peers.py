@@ -1,6 +1,6 @@
 """Times graphprune against Torch-Pruning 1.6.1 on the same networks, in one run on one machine.
 
-    python tools/compare_peers.py                                                     # every network; about six minutes
+    python tools/compare_peers.py                                                     # every network; five to ten minutes
     python tools/compare_peers.py --only resnet50 --repeats 9 --out comparison.json   # every single run, as JSON
 
 Both remove half of the channels of every layer by L1 magnitude, for one 224 x 224 float32 image, on one torch thread. Timed are
@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any
 from _environment import ROOT, enter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from multiprocessing.connection import Connection
 
     import torch
@@ -46,11 +45,12 @@ if TYPE_CHECKING:
 NETWORKS = ("resnet50", "densenet201", "mobilenet_v2", "mobilenet_v3_large", "convnext_tiny", "vit_b_16", "swin_t")
 BOUNDS = {"resnet50": 1.0, "densenet201": 0.1}  # largest allowed ratio graphprune / Torch-Pruning; the others are only reported
 PEERS = ("torchvision==0.28.0", "torch-pruning==1.6.1")
-PEER, OURS, IN_PLACE, VERIFIED = "torch-pruning", "graphprune", "graphprune in place", "graphprune verified"
+SIDES = PEER, OURS, IN_PLACE, VERIFIED = "torch-pruning", "graphprune", "graphprune in place", "graphprune verified"
 CLASSES = 1000  # outputs of the last layer of every network
 SLOW_SECONDS, SLOW_REPEATS = 10.0, 3  # a network with a side this slow gets no more rounds than this
 SETUP_SECONDS = 180.0  # for imports, and between two runs for copies and checks
 MEMORY_SHARE = 0.8  # of the machine's memory; a side that wants more fails
+SAME_WORK = 0.01  # largest difference of the shares of parameters kept
 
 Record = dict[str, Any]  # one run: seconds, cpu_seconds, warm_up, parameters_kept, stages; after verification also error and effect
 
@@ -63,14 +63,16 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)  # side -> why it has no runs
     unfinished: list[str] = field(default_factory=list)  # the failures that reached the time limit
 
-    def seconds(self, side: str) -> list[float]:
-        """Returns the wall seconds of every round of a side."""
-        return [run["seconds"] for run in self.runs.get(side, [])]
+    def medians(self, side: str) -> dict[str, float]:
+        """Returns the medians over a side's rounds of seconds, parameters kept and every stage; empty without rounds."""
+        rows = [{"seconds": run["seconds"], "kept": run["parameters_kept"], **run["stages"]} for run in self.runs.get(side, [])]
+        return {key: statistics.median(row[key] for row in rows) for key in (rows[0] if rows else ())}
 
     def ratio(self, side: str, limit: float) -> tuple[float | None, str]:
         """Returns a side's seconds over the peer's, median and text; an upper limit where the peer did not finish."""
-        theirs = [limit] * len(self.seconds(side)) if PEER in self.unfinished else self.seconds(PEER)
-        ratios = [ours / peer for ours, peer in zip(self.seconds(side), theirs, strict=False)]
+        ours, theirs = ([run["seconds"] for run in self.runs.get(one, [])] for one in (side, PEER))
+        pairs = zip(ours, [limit] * len(ours) if PEER in self.unfinished else theirs, strict=False)
+        ratios = [mine / peer for mine, peer in pairs]
         if not ratios:
             return None, "-"
         middle = statistics.median(ratios)
@@ -93,6 +95,9 @@ def measure(name: str, sides: tuple[str, ...], repeats: int, pipe: Connection) -
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: torch.nn.Module = import_torchvision().models.get_model(name, weights=None).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # an output layer of zeros would hide every error from verification
+            torch.nn.init.normal_(parameter, std=0.02)
     image = torch.randn(1, 3, 224, 224)
     # The peer warms up first: a process that has to be ended there has lost nothing yet. Then the order turns round in every round.
     order = [side for side in (PEER, OURS, IN_PLACE) if side in sides]
@@ -118,7 +123,8 @@ def _attempt(side: str, model: torch.nn.Module, image: torch.Tensor, pipe: Conne
     pipe.send(("start", side, None))
     try:
         wall, cpu = time.perf_counter(), time.process_time()
-        small, details = SIDES[side](fresh, image)
+        flags = {"verify": side == VERIFIED, "inplace": side == IN_PLACE}
+        small, details = _prune_peer(fresh, image) if side == PEER else _prune_ours(fresh, image, **flags)
         spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         if warm_up:
             small(image)  # a network that no longer runs is a failure
@@ -154,20 +160,12 @@ def _prune_peer(model: torch.nn.Module, image: torch.Tensor) -> Pruned:
     return model, {"stages": {"construction": middle - start, "step": time.perf_counter() - middle}}
 
 
-def _prune_ours(model: torch.nn.Module, image: torch.Tensor, *, verify: bool = False, inplace: bool = False) -> Pruned:
+def _prune_ours(model: torch.nn.Module, image: torch.Tensor, *, verify: bool, inplace: bool) -> Pruned:
     """Prunes with graphprune; the stages are those of its report."""
     import graphprune as gp
 
     small, report = gp.prune(model, image, sparsity=0.5, criterion="l1", verify=verify, inplace=inplace)
     return small, {"stages": dict(report.seconds), **({"error": report.error, "effect": report.effect} if verify else {})}
-
-
-SIDES: dict[str, Callable[[torch.nn.Module, torch.Tensor], Pruned]] = {
-    PEER: _prune_peer,
-    OURS: _prune_ours,
-    IN_PLACE: lambda model, image: _prune_ours(model, image, inplace=True),
-    VERIFIED: lambda model, image: _prune_ours(model, image, verify=True),
-}
 
 
 def compare(name: str, repeats: int, limit: float) -> Outcome:
@@ -229,23 +227,25 @@ def show(outcomes: dict[str, Outcome], limit: float) -> None:
         table.add_column(heading)
     notes: list[str] = []
     for name, outcome in outcomes.items():
+        middle = {side: outcome.medians(side) for side in SIDES}
         cells = [name]
         for side in (PEER, OURS, IN_PLACE):
-            texts = [f"{statistics.median(outcome.seconds(side)):.3f} ({run['parameters_kept']:.1%})" for run in outcome.runs.get(side, [])]
-            cells += texts[:1] or ["did not finish" if side in outcome.unfinished else "failed"]
+            failure = "did not finish" if side in outcome.unfinished else "failed"
+            cells.append(f"{middle[side]['seconds']:.3f} ({middle[side]['kept']:.1%})" if middle[side] else failure)
         cells += [outcome.ratio(side, limit)[1] for side in (OURS, IN_PLACE)]
         verdict = "holds" if holds(name, outcome, limit) else "DOES NOT HOLD"
         cells.append(f"<= {BOUNDS[name]:g} {verdict}" if name in BOUNDS else "-")
-        cells += [f"{run['stages']['verify']:.3f}" for run in outcome.runs.get(VERIFIED, [])] or ["failed"]
-        table.add_row(*cells)
+        table.add_row(*cells, f"{middle[VERIFIED]['verify']:.3f}" if middle[VERIFIED] else "failed")
         notes += [f"{name}, {side}: {why}" for side, why in outcome.failures.items()]
         for side in (PEER, OURS):
-            runs = outcome.runs.get(side, [])
-            stages = {stage: statistics.median(run["stages"][stage] for run in runs) for run in runs[:1] for stage in run["stages"]}
-            notes += [f"{name}, {side}: " + ", ".join(f"{stage} {spent:.3f}" for stage, spent in stages.items())] if stages else []
+            stages = ", ".join(f"{stage} {spent:.3f}" for stage, spent in list(middle[side].items())[2:] if spent)
+            notes += [f"{name}, {side}: {stages}"] if stages else []
+        kept = [middle[side]["kept"] for side in (PEER, OURS) if middle[side]]
+        if max(kept, default=0.0) - min(kept, default=0.0) > SAME_WORK:
+            notes.append(f"{name}: the two keep different shares of the parameters, so the ratio is not one of the same work")
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print("\n".join(notes), markup=False, highlight=False)
+    console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
 
 
 def save(outcomes: dict[str, Outcome], limit: float, versions: dict[str, str], path: Path) -> None:

@@ -18,7 +18,14 @@ import numpy as np
 import torch
 
 import graphprune as gp
-from tests.support.invariants import coverage_faults, evaluate, masked_outputs, permutation_error, train_step
+from tests.support.invariants import (
+    coverage_faults,
+    evaluate,
+    masked_outputs,
+    permutation_error,
+    removed_positions,
+    train_step,
+)
 from tests.support.networks import build_randomised
 from tests.support.outputs import relative_error, shapes
 
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from tests.support.protocols import GraphLike
+    from tests.support.protocols import GraphLike, Keep
 
 try:
     import resource
@@ -165,7 +172,32 @@ def check_reference(bench: Bench) -> Record:
     config = [{"sparsity": bench.settings.sparsity, "op_types": ["default"]}]
     _, masks = gp.L1NormPruner(model, config, example_inputs=inputs).compress()
     expected = masked_outputs(model, bench.get("graph"), masks, inputs)
-    return {"reference_error": relative_error(expected, evaluate(bench.get("small"), inputs))}
+    return {
+        "off_target": off_target(bench.get("graph"), masks, bench.settings.sparsity),
+        "reference_error": relative_error(expected, evaluate(bench.get("small"), inputs)),
+    }
+
+
+def off_target(graph: GraphLike, masks: Keep, sparsity: float) -> list[str]:
+    """Returns the names of the groups that keep other than (1 - sparsity) of their channels, rounded down, and at least 1.
+
+    Where two groups own positions jointly (heads, and widths within a head), removing along one of them is enough: such a group is off
+    target when more than (1 - sparsity) of its positions in its first slice stay.
+    """
+    removed = removed_positions(graph, masks)
+    owners = Counter((piece.parameter, piece.dim, int(at)) for g in graph.groups for piece in g.slices for at in np.unique(piece.index))
+    off = []
+    for group in graph.groups:
+        first = group.slices[0]
+        owned = np.unique(first.index)
+        if any(owners[first.parameter, first.dim, int(at)] > 1 for at in owned):
+            stays = 1.0 - np.isin(owned, removed[first.parameter, first.dim]).mean()
+            hit = stays <= 1.0 - sparsity + 1e-9
+        else:
+            kept = int(np.asarray(masks[group.name]).sum())
+            hit = kept == max(1, math.floor((1.0 - sparsity) * group.channels + 1e-9))
+        off += [] if hit else [group.name]
+    return off
 
 
 def check_training(bench: Bench) -> Record:

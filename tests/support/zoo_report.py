@@ -13,8 +13,9 @@ from rich.table import Table
 Record = dict[str, Any]
 
 # key, relation, bound, what it is called
-THRESHOLDS: Final = (
+THRESHOLDS: Final[tuple[tuple[str, str, Any, str], ...]] = (
     ("unknown", "==", [], "operators without a rule"),
+    ("off_target", "==", [], "sparsity of every group"),
     ("coverage_faults", "==", 0, "coverage"),
     ("permutation_error", "<", 1e-9, "permutation"),
     ("control", ">", 1e-3, "permutation control"),

@@ -1,0 +1,116 @@
+"""The two exporters of PyTorch behind one signature, and what they may fail with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from graphprune.export.job import Job
+from graphprune.export.quiet import quiet
+from graphprune.inputs import undisturbed
+
+_SINGLE_FILE_BYTES = 3 << 29  # a protobuf message ends at 2 GiB; beyond 1.5 GiB the weights go into a file of their own
+_LONGEST_CAUSE = 240  # characters of an exporter's own message that are repeated in ours
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class RefusedError(Exception):
+    """One attempt gave no usable file; the next may."""
+
+    fix = "Replace the operation at fault by one that ONNX has, or try another opset"
+
+
+class GuessedError(RefusedError):
+    """The file holds for the recorded run, but Python looked at a tensor's value during it."""
+
+
+def cause(error: BaseException) -> str:
+    """Returns the innermost cause of an error on one line."""
+    while error.__cause__ is not None and not isinstance(error, RefusedError):
+        error = error.__cause__
+    text = " ".join(_ANSI.sub("", str(error)).split()) or "no reason given"
+    text = f"{text[:_LONGEST_CAUSE].rstrip()} ..." if len(text) > _LONGEST_CAUSE else text.rstrip(".")
+    return text if isinstance(error, RefusedError) else f"{type(error).__name__}: {text}"
+
+
+def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool) -> list[str]:
+    """Writes the file, in a folder of its own, and leaves the model as it was.
+
+    Returns:
+        What is constant in the file because Python looked at a tensor's value.
+
+    Raises:
+        GuessedError: instead of returning something, unless `trust`.
+        Exception: whatever the exporter fails with.
+    """
+    with undisturbed(model), _plain_attention(), quiet() as caught:
+        WRITERS[exporter](job, file)
+    guesses = [warning for warning in caught if warning.category.__name__ == "TracerWarning"]
+    if not guesses:
+        return []
+    where = f"{Path(guesses[0].filename).name}:{guesses[0].lineno}"
+    message = f"Python looked at values that are constants in the file ({len(guesses)} of them, the first at {where})"
+    if not trust:
+        raise GuessedError(message)
+    return [message]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keeps attention modules from taking the fused operator that they have for inference, which ONNX lacks."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _write_torchscript(job: Job, file: Path) -> None:
+    """Writes what one run records."""
+    torch.onnx.export(
+        job.module,
+        tuple(job.inputs.values()),
+        file,
+        dynamo=False,
+        verbose=False,
+        input_names=list(job.inputs),
+        output_names=list(job.outputs),
+        opset_version=job.opset,
+        dynamic_axes=job.free,
+    )
+    apart = [part for part in file.parent.iterdir() if part != file]
+    if apart:  # large weights come in a file each: put them together
+        proto = onnx.load(file)
+        for part in apart:
+            part.unlink()
+        onnx.save_model(proto, file, save_as_external_data=True, location=f"{file.name}.data")
+
+
+def _write_dynamo(job: Job, file: Path) -> None:
+    """Writes through `torch.export`."""
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if name in job.free else None for name in job.inputs)
+    program = torch.onnx.export(
+        job.module,
+        tuple(job.inputs.values()),
+        dynamo=True,
+        verbose=False,
+        input_names=list(job.inputs),
+        output_names=list(job.outputs),
+        opset_version=job.opset,
+        dynamic_shapes=((shapes,) if job.spread else shapes) if job.free else None,
+    )
+    if program is None:
+        raise RefusedError("the exporter returned nothing")
+    weights = sum(tensor.nbytes for tensor in (*job.module.parameters(), *job.module.buffers()))
+    program.save(file, external_data=weights > _SINGLE_FILE_BYTES)
+
+
+WRITERS: dict[str, Callable[[Job, Path], None]] = {"torchscript": _write_torchscript, "dynamo": _write_dynamo}
