@@ -1,10 +1,23 @@
-"""graphprune: structural pruning of PyTorch networks that is exact, general and measured."""
+"""graphprune: structural pruning of PyTorch networks that is exact, general and measured.
+
+A model's forward pass is recorded as a graph of operators; one rule per operator says which channels live and die together; a criterion
+scores them; masks say what stays; a speedup removes the rest physically and checks that the result computes what the masked model does.
+"""
 
 from graphprune.calibration import recalibrate
-from graphprune.config import ResolvedConfig
 from graphprune.cost import Cost, count
-from graphprune.criteria import CRITERIA, L1
-from graphprune.errors import GraphPruneError
+from graphprune.criteria import L1, Criterion
+from graphprune.errors import (
+    ConfigError,
+    ExportError,
+    FileError,
+    GraphPruneError,
+    InputError,
+    MaskError,
+    TraceError,
+    VerificationError,
+)
+from graphprune.export import ExportReport, export_onnx
 from graphprune.graph import DependencyGraph, Frozen, Group, Slice
 from graphprune.groups import trace
 from graphprune.masks import Masks
@@ -14,3 +27,32 @@ from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "ConfigError",
+    "Cost",
+    "Criterion",
+    "DependencyGraph",
+    "ExportError",
+    "ExportReport",
+    "FileError",
+    "Frozen",
+    "GraphPruneError",
+    "Group",
+    "InputError",
+    "L1NormPruner",
+    "MaskError",
+    "Masks",
+    "Pruner",
+    "Slice",
+    "SpeedupReport",
+    "TraceError",
+    "VerificationError",
+    "count",
+    "export_onnx",
+    "prune",
+    "recalibrate",
+    "speedup",
+    "trace",
+]

@@ -46,7 +46,7 @@ def kept_count(channels: int, sparsity: float, rounding: Rounding = "floor", rou
     """
     if rounding not in ("floor", "ceil"):
         raise ConfigError(f"rounding is {rounding!r}", "Use 'floor' or 'ceil'")
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+    if type(round_to) is not int or round_to < 1:
         raise ConfigError(f"round_to is {round_to!r}", "Use a whole number of at least 1")
     if sparsity == 0.0:
         return channels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -170,6 +170,11 @@ class DependencyGraph:
     @cached_property
     def _by_name(self) -> dict[str, Group]:
         return {g.name: g for g in self.groups}
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Returns group names in the order of the groups."""
+        wanted = set(names)
+        return [g.name for g in self.groups if g.name in wanted]
 
     @cached_property
     def fingerprint(self) -> str:

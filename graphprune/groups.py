@@ -1,6 +1,6 @@
 """From labels to groups: walks a recorded program with the operators' rules, then gathers causes with one footprint.
 
-    record ──▶ label (rules, forward order) ──▶ causes per parameter position ──▶ groups, frozen positions
+record ──▶ label (rules, forward order) ──▶ causes per parameter position ──▶ groups, frozen positions
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def gather(analysis: Analysis) -> DependencyGraph:
     footprint = _Footprint.of(slots, analysis)
     groups = _groups(footprint, analysis)
     program = analysis.program
-    layers = {s.module: type(program.modules[s.module]).__name__ for g in groups for s in g.slices if s.produces and s.module in program.modules}
-    layers |= {n.rpartition(".")[0]: type(program.modules[n.rpartition(".")[0]]).__name__ for n, _ in produces if n.rpartition(".")[0] in program.modules}
-    ordered = {n: layers[n] for n in program.modules if n in layers}
+    producing = {s.module for g in groups for s in g.slices if s.produces} | {name.rpartition(".")[0] for name, _ in produces}
+    ordered = {n: type(m).__name__ for n, m in program.modules.items() if n in producing}
     return DependencyGraph(
         groups=tuple(groups),
         frozen=tuple(_frozen(groups, analysis)),
@@ -290,7 +289,7 @@ def _frozen(groups: list[Group], analysis: Analysis) -> list[Frozen]:
     return out
 
 
-def _explained(name: str, d: int, index: Ids, labels: Any, analysis: Analysis, users: dict[str, tuple[str, str]]) -> list[Frozen]:  # noqa: ANN401
+def _explained(name: str, d: int, index: Ids, labels: Any, analysis: Analysis, users: dict[str, tuple[str, str]]) -> list[Frozen]:
     if labels is None or labels is UNBOUND:
         why = analysis.unbound.get((name, d))
         operator_, module = users.get(name, ("", ""))
@@ -321,11 +320,11 @@ def _first_users(analysis: Analysis) -> dict[str, tuple[str, str]]:
     """Returns parameter -> (operator, module) that reads it first."""
     out: dict[str, tuple[str, str]] = {}
     for node in analysis.program.graph.nodes:
-        if node.op == "call_function":
+        if node in analysis.notes:
+            target: Any = node.target
             for source in node.all_input_nodes:
                 if source.op == "get_attr":
-                    target: Any = node.target
-                    out.setdefault(str(source.target), (str(getattr(target, "_schema", target)).split("(")[0].split(".")[0], node.meta["module"]))
+                    out.setdefault(str(source.target), (target._schema.name, node.meta["module"]))  # noqa: SLF001 (documented)
     return out
 
 
@@ -337,8 +336,9 @@ def _edges(analysis: Analysis) -> list[tuple[str, str, str]]:
         if node.op != "call_function":
             continue
         incoming = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in sources.get(n, ())))
-        owners = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in analysis.parameters]
-        if owners:
+        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        owners = [name.rpartition(".")[0] for name in read if name in analysis.parameters]
+        if owners and node in analysis.notes:
             for source in incoming:
                 if source != owners[0]:
                     target: Any = node.target
@@ -346,4 +346,3 @@ def _edges(analysis: Analysis) -> list[tuple[str, str, str]]:
             incoming = (owners[0],)
         sources[node] = incoming
     return [(a, b, o) for (a, b), o in edges.items()]
-

@@ -52,7 +52,7 @@ class Analysis:
 
     def kept(self, labels: Dim, size: int, flags: np.ndarray[Any, np.dtype[np.bool_]]) -> Ids:
         """Returns the indices of a dimension that survive the removal of the flagged causes."""
-        if labels is None or labels is UNBOUND:
+        if not isinstance(labels, np.ndarray):
             return np.arange(size)
         return np.flatnonzero(~self.table.removed(labels, flags))
 
@@ -91,8 +91,10 @@ def _tensor(node: fx.Node, analysis: Analysis) -> Value:
 def _item(node: fx.Node, analysis: Analysis) -> Value | None:
     if node.meta.get("placeholder"):
         return _input(node)
-    source = analysis.values.get(node.args[0])  # type: ignore[arg-type]
-    return source[node.args[1]] if isinstance(source, list) else None
+    source: Any = node.args[0]
+    position: Any = node.args[1]
+    values = analysis.values.get(source)
+    return values[position] if isinstance(values, list) else None
 
 
 def _freeze_outputs(node: fx.Node, analysis: Analysis) -> None:
@@ -101,7 +103,9 @@ def _freeze_outputs(node: fx.Node, analysis: Analysis) -> None:
     number = len(analysis.reasons) - 1
     for source in _flat_nodes(node):
         value = analysis.values.get(source)
-        for d, labels in enumerate(value.labels if isinstance(value, Value) else ()):
+        if not isinstance(value, Value):
+            continue
+        for d, labels in enumerate(value.labels):
             if labels is UNBOUND:
                 value.labels[d] = None
                 analysis.unbound[(value.name, d)] = why
@@ -159,7 +163,7 @@ def _arguments(node: fx.Node, analysis: Analysis) -> dict[str, Any]:
         names = _NAMES[target] = [a.name for a in target._schema.arguments]  # noqa: SLF001 (documented)
     values = analysis.values
 
-    def raise_(argument: Any) -> Any:  # noqa: ANN401 (any argument)
+    def raise_(argument: Any) -> Any:
         if isinstance(argument, (list, tuple)):
             return [raise_(a) for a in argument]
         if hasattr(argument, "all_input_nodes"):
@@ -172,7 +176,7 @@ def _arguments(node: fx.Node, analysis: Analysis) -> dict[str, Any]:
     return arguments
 
 
-def _outputs(node: fx.Node, op: Op, labels: Any) -> Any:  # noqa: ANN401 (one value or several)
+def _outputs(node: fx.Node, op: Op, labels: Any) -> Any:
     values = op.values()
     zero = op.zero if op.zero is not None else bool(values) and all(v.zero for v in values)
     constant = op.constant or bool(node.meta.get("constant"))

@@ -178,7 +178,8 @@ class LabelTable:
 
     def is_live(self, ids: Ids) -> Flags:
         """Returns which labels are not frozen."""
-        return self.canonical(ids) != FROZEN
+        live: Flags = self.canonical(ids) != FROZEN
+        return live
 
     def expand(self, ids: Ids) -> tuple[Ids, Ids]:
         """Returns (positions, causes): every (index into `ids`, cause of its label), positions ascending."""

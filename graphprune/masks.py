@@ -157,7 +157,7 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
         return cls(graph, kept)
 
 
-def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:  # noqa: ANN401 (whatever the user passed)
+def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:
     if mask is None:
         return np.ones(group.channels, dtype=bool)
     array = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
@@ -166,7 +166,8 @@ def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:  # noqa: ANN401 (wha
         raise MaskError(what, "Use masks made for this model")
     if not array.any():
         raise MaskError(f"the mask of group {group.name!r} removes all its {group.channels} channels", "Keep at least one")
-    return array.copy()
+    checked: NDArray[np.bool_] = array.copy()
+    return checked
 
 
 def checked_tensors(model: nn.Module, graph: DependencyGraph) -> dict[str, torch.Tensor]:
@@ -175,11 +176,13 @@ def checked_tensors(model: nn.Module, graph: DependencyGraph) -> dict[str, torch
     Raises:
         MaskError: a parameter is missing or has another shape.
     """
-    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
     for name, shape in graph.shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(shape):
-            what = f"{name!r} is {found if found is not None else 'missing'} in {type(model).__name__}, but {tuple(shape)} where the masks were made"
+            is_ = found if found is not None else "missing"
+            what = f"{name!r} is {is_} in {type(model).__name__}, but {tuple(shape)} where the masks were made"
             raise MaskError(what, "Use masks made for this model")
     return tensors
 

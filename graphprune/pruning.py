@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from graphprune.budgets import Rounding
 
 
-def prune(
+def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
     model: nn.Module,
     example_inputs: object,
     sparsity: float = 0.5,

@@ -9,6 +9,7 @@ The recording has no side effect: training flags, buffers, cached attributes and
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ class _Recorder(TorchDispatchMode):
     """Turns every operator that passes into a node."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, on_value: Callable[[fx.Node, torch.Tensor], None] | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.inputs = inputs
         self.graph = fx.Graph()
@@ -112,7 +113,7 @@ class _Recorder(TorchDispatchMode):
         self.tensors: dict[str, torch.Tensor] = {}
         self.aliases: dict[str, str] = {}
         self.parameters: set[str] = set()
-        storages: dict[tuple[int, int], str] = {}
+        storages: dict[tuple[Any, Any], str] = {}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             known = self._external.get(id(tensor))
@@ -154,7 +155,7 @@ class _Recorder(TorchDispatchMode):
             for key, item in value.items():
                 self._bind_item(node, key, item)
 
-    def _bind_item(self, node: fx.Node, key: object, item: object) -> None:
+    def _bind_item(self, node: fx.Node, key: Any, item: object) -> None:
         if any(isinstance(v, torch.Tensor) for v in _leaves(item)):
             part = self.graph.call_function(operator.getitem, (node, key))
             part.meta.update(module="", shapes=[], placeholder=True)
@@ -164,24 +165,22 @@ class _Recorder(TorchDispatchMode):
         """Records what the model returned."""
         self.graph.output(self._outputs(output))
 
-    def _outputs(self, value: object) -> Any:  # noqa: ANN401 (any structure of nodes)
+    def _outputs(self, value: Any) -> Any:
+        """Returns the same structure with nodes in the tensors' places; what no graph can hold becomes None."""
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._wrapped(type(value), {f.name: self._outputs(getattr(value, f.name)) for f in dataclasses.fields(value)})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self.graph.call_function(_rebuild, (type(value), {k: self._outputs(v) for k, v in value._asdict().items()}))
+            return self._wrapped(type(value), {k: self._outputs(getattr(value, k)) for k in value._fields})
         if isinstance(value, (list, tuple)):
             return type(value)(self._outputs(v) for v in value)
         if isinstance(value, dict):
             items = {k: self._outputs(v) for k, v in value.items()}
             return items if type(value) is dict else self._wrapped(type(value), items)
-        if hasattr(value, "__dataclass_fields__"):
-            items = {k: self._outputs(getattr(value, k)) for k in value.__dataclass_fields__}
-            return self._wrapped(type(value), items)
-        if isinstance(value, (int, float, bool, str, type(None), torch.dtype, torch.device)):
-            return value
-        return None
+        return value if isinstance(value, (int, float, bool, str, torch.dtype, torch.device)) else None
 
-    def _wrapped(self, kind: type, items: dict[str, Any]) -> fx.Node:
+    def _wrapped(self, kind: Any, items: dict[str, Any]) -> fx.Node:
         node = self.graph.call_function(_rebuild, (kind, items))
         node.meta.update(module="", shapes=[])
         return node
@@ -235,7 +234,7 @@ class _Recorder(TorchDispatchMode):
 
     # -- operators ---------------------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401, ARG002 (PyTorch's own signature)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._must_decompose(func):
             with self:
@@ -266,7 +265,7 @@ class _Recorder(TorchDispatchMode):
         if self.on_value is not None:
             self.on_value(node, tensor)
 
-    def _made_many(self, node: fx.Node, result: Any, path: str, *, constant: bool) -> None:  # noqa: ANN401 (tuple or list of tensors)
+    def _made_many(self, node: fx.Node, result: Any, path: str, *, constant: bool) -> None:
         for i, tensor in enumerate(result):
             node.meta["shapes"].append(tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ())
             if isinstance(tensor, torch.Tensor):
@@ -274,14 +273,14 @@ class _Recorder(TorchDispatchMode):
                 part.meta.update(module=path, constant=constant)
                 self._made(part, tensor)
 
-    def _must_decompose(self, func: Any) -> bool:  # noqa: ANN401 (an operator overload)
+    def _must_decompose(self, func: Any) -> bool:
         known = self._decompose.get(func)
         if known is None:
             composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")  # noqa: SLF001
             known = self._decompose[func] = rule_for(func) is None and composite
         return known
 
-    def _lower(self, value: Any) -> Any:  # noqa: ANN401 (any argument)
+    def _lower(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
         if isinstance(value, (list, tuple)):
@@ -297,7 +296,7 @@ class _Recorder(TorchDispatchMode):
         return Program(self.graph, used, parameters, constants, self.aliases, self.modules, self.inputs, unused, list(self.ran))
 
 
-def _rebuild(kind: type, items: dict[str, Any]) -> Any:  # noqa: ANN401 (an instance of `kind`)
+def _rebuild(kind: type, items: dict[str, Any]) -> Any:
     """Makes a structured output again (a named tuple, a dataclass, a dict subclass)."""
     return kind(**items)
 

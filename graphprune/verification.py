@@ -140,7 +140,7 @@ def _masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, A
     return tensor
 
 
-def _loaded(value: Any, env: dict[fx.Node, Any]) -> Any:  # noqa: ANN401 (any argument)
+def _loaded(value: Any, env: dict[fx.Node, Any]) -> Any:
     if hasattr(value, "all_input_nodes"):
         return env[value]
     if isinstance(value, (list, tuple)):
@@ -150,7 +150,7 @@ def _loaded(value: Any, env: dict[fx.Node, Any]) -> Any:  # noqa: ANN401 (any ar
     return value
 
 
-def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:  # noqa: ANN401 (any result)
+def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
     target: Any = node.target
     notes = removal.analysis.notes.get(node)
     if notes is not None and any(removal.loses(labels) for labels in notes.statistics):
@@ -161,7 +161,7 @@ def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> An
     return target(*args, **kwargs)
 
 
-def _over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:  # noqa: ANN401 (any result)
+def _over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
     """Runs one operator on kept channels only, and puts its result back at full width with zeros elsewhere."""
     call, _ = rewrite(node, removal)
     small = {n: _gathered(env[n], removal.analysis.values[n], removal) for n in node.all_input_nodes}
@@ -173,8 +173,10 @@ def _over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
     return _scattered(result, values, removal)
 
 
-def _gathered(tensor: Any, value: Value, removal: Removal) -> Any:  # noqa: ANN401 (any value)
-    for d, labels in enumerate(value.labels if isinstance(value, Value) else ()):
+def _gathered(tensor: Any, value: Value | list[Value] | None, removal: Removal) -> Any:
+    if not isinstance(value, Value):
+        return tensor
+    for d, labels in enumerate(value.labels):
         if labels is not None and labels is not UNBOUND and removal.loses(labels):
             tensor = tensor.index_select(d, torch.from_numpy(removal.kept(value, d)).to(tensor.device))
     return tensor
@@ -225,6 +227,6 @@ def require(check: Check, where: str) -> None:
     """
     if not check.passed:
         raise VerificationError(
-            f"the shrunk model differs from the masked model by {check.error:.1e} (relative; at most {check.tolerance:.0e}), first at {where}",
+            f"the shrunk model departs from the masked model by {check.error:.1e} (relative; at most {check.tolerance:.0e}), at {where}",
             "This is a defect in graphprune or in a custom rule: keep the layers named above whole with exclude, and report it",
         )

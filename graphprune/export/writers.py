@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import onnx
 import torch
 from torch import nn
+from torch.jit import TracerWarning  # type: ignore[attr-defined] # is public, and documented
 
 from graphprune.export.job import Job
 from graphprune.export.quiet import quiet
@@ -46,19 +49,26 @@ def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool)
         What is constant in the file because Python looked at a tensor's value.
 
     Raises:
-        GuessedError: instead of returning something, unless `trust`.
+        GuessedError: as soon as Python looks at such a value, unless `trust`.
         Exception: whatever the exporter fails with.
     """
-    with undisturbed(model), _plain_attention(), quiet() as caught:
-        WRITERS[exporter](job, file)
-    guesses = [warning for warning in caught if warning.category.__name__ == "TracerWarning"]
+    try:
+        with undisturbed(model), _plain_attention(), quiet() as caught:
+            warnings.simplefilter("always" if trust else "error", TracerWarning)
+            WRITERS[exporter](job, file)
+    except TracerWarning as warning:
+        frame = traceback.extract_tb(warning.__traceback__)[-1]
+        raise GuessedError(f"Python looked at a value while the run was recorded, at {_place(frame.filename, frame.lineno)}") from warning
+    guesses = [warning for warning in caught if issubclass(warning.category, TracerWarning)]
     if not guesses:
         return []
-    where = f"{Path(guesses[0].filename).name}:{guesses[0].lineno}"
-    message = f"Python looked at values that are constants in the file ({len(guesses)} of them, the first at {where})"
-    if not trust:
-        raise GuessedError(message)
-    return [message]
+    first = _place(guesses[0].filename, guesses[0].lineno)
+    return [f"Python looked at values that are constants in the file, {len(guesses)} in all, the first at {first}"]
+
+
+def _place(path: str, line: int | None) -> str:
+    """Returns a place in a source file, without its folder."""
+    return f"{Path(path).name}:{line}"
 
 
 @contextmanager
@@ -77,7 +87,7 @@ def _write_torchscript(job: Job, file: Path) -> None:
     torch.onnx.export(
         job.module,
         tuple(job.inputs.values()),
-        file,
+        str(file),  # only a string may have weights beside it
         dynamo=False,
         verbose=False,
         input_names=list(job.inputs),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import networkx as nx
 import numpy as np
 
 from graphprune.budgets import Plan, Rounding, keep_highest, kept_count
@@ -121,7 +123,7 @@ def _of_group(group: Group, config: ResolvedConfig) -> tuple[float, str]:
         if layer not in config.layers:
             return 0.0, f"{layer} is matched by no config entry"
         entry = config.layers[layer]
-        asked[layer] = entry.sparsity
+        asked[layer] = entry.sparsity if entry.sparsity is not None else 0.0
     lowest = min(asked, key=lambda n: asked[n])
     note = f"{lowest} asks for least" if len(set(asked.values())) > 1 else ""
     return asked[lowest], note
@@ -137,33 +139,22 @@ def _skipped(graph: DependencyGraph, cut: Cut) -> dict[str, str]:
         within = [g for g in family if g.role == "within"]
         if blocks and within:
             for group in within if cut == "blocks" else blocks:
-                out[group.name] = "whole blocks go instead (cut='blocks')" if cut == "blocks" else "positions within go instead (cut='within')"
+                out[group.name] = f"{'whole blocks' if cut == 'blocks' else 'positions within'} go instead (cut={cut!r})"
     return out
 
 
 def _overlapping(graph: DependencyGraph) -> list[list[Group]]:
     """Returns families of groups that own the same positions jointly."""
     owners: dict[tuple[str, int], list[Group]] = {}
+    meeting: nx.Graph[str] = nx.Graph()
     for group in graph.groups:
         if group.role:
+            meeting.add_node(group.name)
             for s in group.slices:
                 owners.setdefault((s.parameter, s.dim), []).append(group)
-    parent = {g.name: g.name for g in graph.groups if g.role}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
     for (parameter, dim), groups in owners.items():
-        for a, b in zip(groups, groups[1:], strict=False):
-            if _share(a, b, parameter, dim):
-                parent[root(a.name)] = root(b.name)
-    families: dict[str, list[Group]] = {}
-    for group in graph.groups:
-        if group.role:
-            families.setdefault(root(group.name), []).append(group)
-    return list(families.values())
+        meeting.add_edges_from((a.name, b.name) for a, b in itertools.combinations(groups, 2) if _share(a, b, parameter, dim))
+    return [[graph[name] for name in graph.ordered(family)] for family in nx.connected_components(meeting)]
 
 
 def _share(a: Group, b: Group, parameter: str, dim: int) -> bool:

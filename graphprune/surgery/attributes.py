@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 
-def _conv(module: Any) -> dict[str, int]:  # noqa: ANN401 (a module with the attributes of its class)
+def _conv(module: Any) -> dict[str, int]:
     rows, columns = module.weight.shape[:2]
     if isinstance(module, _ConvTransposeNd):
         return {"in_channels": rows, "out_channels": columns * module.groups}
     return {"out_channels": rows, "in_channels": columns * module.groups}
 
 
-def _bilinear(module: Any) -> dict[str, int]:  # noqa: ANN401
+def _bilinear(module: Any) -> dict[str, int]:
     out, in1, in2 = module.weight.shape
     return {"out_features": out, "in1_features": in1, "in2_features": in2}
 
 
-def _multihead(module: Any) -> dict[str, int]:  # noqa: ANN401
+def _multihead(module: Any) -> dict[str, int]:
     embed = module.out_proj.weight.shape[0]
     if module.in_proj_weight is not None:
         return {"embed_dim": embed, "kdim": embed, "vdim": embed}
@@ -42,7 +42,7 @@ def _multihead(module: Any) -> dict[str, int]:  # noqa: ANN401
 def _per_channel(name: str, source: str = "weight", dim: int = 0) -> Callable[[Any], dict[str, int]]:
     """Returns a reader of one attribute that restates one size of one tensor."""
 
-    def read(module: Any) -> dict[str, int]:  # noqa: ANN401
+    def read(module: Any) -> dict[str, int]:
         tensor = getattr(module, source, None)
         if tensor is None and source == "weight":
             tensor = getattr(module, "running_mean", None)
@@ -104,7 +104,8 @@ def argument_values(removal: Removal) -> dict[str, dict[str, Any]]:
                 if len(path) == 1:
                     values[str(path[0])] = new
                 else:
-                    shape = values.get(str(path[0])) or list(node.args[1])
+                    stated: Any = node.args[1]
+                    shape = values.get(str(path[0])) or list(stated)
                     shape[int(path[1])] = new
                     values[str(path[0])] = shape
     return out
@@ -113,7 +114,7 @@ def argument_values(removal: Removal) -> dict[str, dict[str, Any]]:
 def explained(removal: Removal, path: Mapping[str, nn.Module]) -> bool:
     """Returns whether every integer that must change belongs to a layer's own attributes (no size literal anywhere else)."""
     for node, notes in removal.analysis.notes.items():
-        own = isinstance(path.get(node.meta["module"]), tuple(kind for kind, _ in SHAPES) + (nn.LayerNorm, nn.RMSNorm))
+        own = isinstance(path.get(node.meta["module"]), (*(kind for kind, _ in SHAPES), nn.LayerNorm, nn.RMSNorm))
         for where, labels in notes.extents.items():
             if removal.loses(labels) and not (own and where[0] in ARGUMENTS):
                 return False
@@ -126,5 +127,5 @@ def explained(removal: Removal, path: Mapping[str, nn.Module]) -> bool:
     return True
 
 
-def _pieces_change(notes: Any, removal: Removal) -> bool:  # noqa: ANN401 (notes of a rule)
+def _pieces_change(notes: Any, removal: Removal) -> bool:
     return any(removal.loses(labels) for labels in (*notes.extents.values(), *notes.remaps.values()))

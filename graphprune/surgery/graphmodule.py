@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.groups import gather
 from graphprune.labelling import label
 from graphprune.surgery.rewriting import Call, Removal, rewrite
 from graphprune.tracing import record
@@ -46,7 +47,7 @@ def rewritten(model: nn.Module, removal: Removal, masks: Masks, sliced: Mapping[
     return module, remark
 
 
-def _root(program: Any, sliced: Mapping[str, torch.Tensor]) -> nn.Module:  # noqa: ANN401 (a Program; avoids an import for typing)
+def _root(program: Any, sliced: Mapping[str, torch.Tensor]) -> nn.Module:
     """Returns an empty module tree that holds the tensors under their qualified names."""
     root = nn.Module()
     for name in [*program.tensors, *program.constants]:
@@ -78,26 +79,11 @@ def _at_another_batch(model: nn.Module, removal: Removal, masks: Masks) -> tuple
     same = [n.target for n in program.graph.nodes if n.op == "call_function"]
     if same != [n.target for n in removal.analysis.program.graph.nodes if n.op == "call_function"]:
         return None, f"it runs only at batch {batch}: the model runs other operators at batch {batch + 1}"
-    flags = np.zeros(analysis.table.size, dtype=bool)
-    for group in masks.graph.groups:
-        gone = ~masks[group.name]
-        for cause in group.causes[gone].tolist():
-            flags[cause] = True
-    if not _agree(removal, analysis):
-        return None, f"it runs only at batch {batch}: channels are bound to the batch"
-    return Removal(analysis, flags), ""
-
-
-def _agree(removal: Removal, analysis: Any) -> bool:  # noqa: ANN401 (an Analysis)
-    """Whether both analyses gave equal labels to all parameters (the rules run in the same order, so ids agree)."""
-    mine = removal.analysis
-    for name, value in mine.parameters.items():
-        for a, b in zip(value.labels, analysis.parameters[name].labels, strict=True):
-            if isinstance(a, np.ndarray) != isinstance(b, np.ndarray):
-                return False
-            if isinstance(a, np.ndarray) and not np.array_equal(mine.table.canonical(a), analysis.table.canonical(b)):
-                return False
-    return True
+    graph = gather(analysis)
+    if graph.fingerprint != masks.graph.fingerprint:
+        return None, f"it runs only at batch {batch}: other channels depend on each other at batch {batch + 1}"
+    causes = [group.causes[~masks[group.name]] for group in graph.groups]
+    return Removal(analysis, analysis.removed(np.concatenate(causes))), ""
 
 
 class _Writer:
@@ -165,7 +151,7 @@ class _Writer:
         made.meta["module"] = node.meta["module"]
         return made
 
-    def _training(self, recorded: object, name: str) -> Any:  # noqa: ANN401 (a node or a literal)
+    def _training(self, recorded: object, name: str) -> Any:
         """Batch norm and dropout follow the module's own training flag (instance norm: only where it tracks statistics)."""
         if recorded is True or name == "aten::instance_norm":
             return recorded
@@ -173,7 +159,7 @@ class _Writer:
             self.training = self.graph.create_node("get_attr", "training")
         return self.training
 
-    def _with_batch(self, mine: Any, twin: Any) -> Any:  # noqa: ANN401 (any argument)
+    def _with_batch(self, mine: Any, twin: Any) -> Any:
         """Replaces integers that differ between the recordings by expressions of the batch size."""
         if isinstance(mine, (list, tuple)) and isinstance(twin, (list, tuple)) and len(mine) == len(twin):
             return [self._with_batch(a, b) for a, b in zip(mine, twin, strict=True)]
@@ -191,7 +177,7 @@ class _Writer:
             self.sums[key] = node if offset == 0 else self.graph.call_function(operator.add, (node, offset))
         return self.sums[key]
 
-    def _map(self, value: Any) -> Any:  # noqa: ANN401 (any argument)
+    def _map(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             return self.nodes.get(value, value)
         if isinstance(value, torch.Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,7 +101,7 @@ class SpeedupReport:
 
         return Renderable(*(part for part in (self._totals(), self._table(), Text(self._closing())) if part is not None))
 
-    def _totals(self) -> Any:  # noqa: ANN401 (a rich table)
+    def _totals(self) -> Any:
         from rich.table import Table  # noqa: PLC0415
 
         if self.before is None or self.after is None:
@@ -113,7 +114,7 @@ class SpeedupReport:
         table.add_row("MACs", f"{self.before.macs:,}", f"{self.after.macs:,}", f"{left.macs:.1%}")
         return table
 
-    def _table(self) -> Any:  # noqa: ANN401 (a rich table)
+    def _table(self) -> Any:
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Groups")
@@ -136,8 +137,8 @@ class SpeedupReport:
 
     def __str__(self) -> str:
         """The report as plain text."""
-        from rich.console import Console  # noqa: PLC0415 (only where something is shown)
+        from rich.console import Console  # noqa: PLC0415
 
-        console = Console(width=140, record=True, quiet=True)
-        console.print(self)
-        return console.export_text().rstrip()
+        text = io.StringIO()
+        Console(width=140, file=text).print(self)
+        return text.getvalue().rstrip()

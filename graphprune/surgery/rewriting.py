@@ -94,7 +94,7 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _lowered(value: Any, node: fx.Node) -> Any:  # noqa: ANN401 (any argument)
+def _lowered(value: Any, node: fx.Node) -> Any:
     """Replaces a rule's value by the node behind it (the first tensor argument of the original call)."""
     return node.all_input_nodes[0] if isinstance(value, Value) else value
 
@@ -108,13 +108,13 @@ def _renumbered(table: torch.Tensor, labels: Ids, output: Value, removal: Remova
     return torch.from_numpy(position[flat[~gone[flat]]]).to(table.device)
 
 
-def _at(arguments: Any, path: Path) -> Any:  # noqa: ANN401 (any argument)
+def _at(arguments: Any, path: Path) -> Any:
     for step in path:
         arguments = arguments[step]
     return arguments
 
 
-def _replaced(container: Any, path: Path, value: Any) -> Any:  # noqa: ANN401 (any argument)
+def _replaced(container: Any, path: Path, value: Any) -> Any:
     """Returns a copy of nested arguments with one entry replaced (missing entries of lists are left alone)."""
     if not path:
         return value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +26,7 @@ from graphprune.verification import Check, difference, first_difference, masked_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from graphprune.graph import DependencyGraph, Group
+    from graphprune.graph import DependencyGraph, Group, Slice
     from graphprune.inputs import Inputs
 
 
@@ -202,7 +202,8 @@ class _Surgeon:
     def _sliced(self) -> dict[str, torch.Tensor]:
         program = self.graph.engine.program
         tensors = {n: self.tensors.get(n, t) for n, t in program.tensors.items()}
-        return {n: like(t, sliced(t, self.positions[n])) if n in self.positions else like(t, t.detach().clone()) for n, t in tensors.items()}
+        kept = {n: self.positions.get(n, {}) for n in tensors}
+        return {n: like(t, sliced(t, kept[n]) if kept[n] else t.detach().clone()) for n, t in tensors.items()}
 
     def report(self, small: nn.Module, kind: Literal["module", "graph"], reason: str, check: Check | None, plan: Plan) -> SpeedupReport:
         """Returns the report on the finished speedup."""
@@ -226,13 +227,16 @@ class _Surgeon:
 
     def _group_report(self, group: Group, plan: Plan) -> GroupReport:
         kept = int(self.masks[group.name].sum())
-        params = sum(
-            int(np.prod(self.graph.shapes[s.parameter])) // self.graph.shapes[s.parameter][s.dim] * s.index.shape[1] * (group.channels - kept)
-            for s in group.slices
-            if isinstance(self.tensors.get(s.parameter), nn.Parameter)
-        )
+        params = sum(self._elements(s) * (group.channels - kept) for s in group.slices)
         requested, note = plan.requested.get(group.name), plan.notes.get(group.name, "")
         return GroupReport(group.name, group.layers, group.channels, kept, group.verdict, requested, note, params)
+
+    def _elements(self, s: Slice) -> int:
+        """Returns how many parameter elements one channel owns in a slice, with all other dimensions at full width."""
+        if not isinstance(self.tensors.get(s.parameter), nn.Parameter):
+            return 0
+        shape = self.graph.shapes[s.parameter]
+        return int(math.prod(shape) // shape[s.dim] * s.index.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,5 +254,3 @@ def _restore(tensors: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor
     for module, attributes in saved:
         vars(module).clear()
         vars(module).update(attributes)
-
-
