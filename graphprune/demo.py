@@ -312,12 +312,12 @@ def run(
     with _collected(out) as folder:
         data = data or load_digits()
         example = data.test_images[:1]
-        with _timed("train", seconds, progress):
+        with _timed("train", seconds):
             train(dense, data, epochs=epochs, lr=LR, seed=seed, progress=progress)
         with _timed("prune", seconds, progress):
             small, report = gp.prune(dense, example, sparsity=sparsity, criterion="l1")
         accuracies = {"dense": accuracy(dense, data), "pruned": accuracy(small, data)}
-        with _timed("fine-tune", seconds, progress):
+        with _timed("fine-tune", seconds):
             gp.recalibrate(small, data.train_images.split(BATCH))
             accuracies["recalibrated"] = accuracy(small, data)
             train(small, data, epochs=finetune_epochs, lr=FINETUNE_LR, seed=seed + 1, progress=progress, stage="fine-tune")
@@ -334,7 +334,7 @@ def run(
 
 @contextlib.contextmanager
 def _collected(out: Path) -> Iterator[Path]:
-    """Gives a temporary folder inside `out` whose files move to `out` when all went well, and leaves no trace otherwise."""
+    """Gives a temporary folder inside `out`, whose files move to `out` when all went well; leaves no trace otherwise."""
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -344,7 +344,7 @@ def _collected(out: Path) -> Iterator[Path]:
         raise FileError(f"the folder {out} cannot be written: {error.strerror}", "Choose another folder with --out") from error
     try:
         yield staging
-        for file in sorted(staging.iterdir()):
+        for file in sorted(staging.iterdir()):  # the summary is last in the alphabet: when it is there, the rest is
             file.replace(out / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -359,8 +359,8 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _timed(stage: str, seconds: dict[str, float], progress: Progress | None) -> Iterator[None]:
-    """Notes how long the stage took, and tells `progress` its start and end as steps 0 and 1 of 1."""
+def _timed(stage: str, seconds: dict[str, float], progress: Progress | None = None) -> Iterator[None]:
+    """Notes how long the stage took; `progress`, for stages that do not count their own steps, is told 0 and 1 of 1."""
     if progress:
         progress(stage, 0, 1)
     start = time.perf_counter()
@@ -375,8 +375,10 @@ def _latency(models: dict[str, nn.Module], example: Tensor, folder: Path) -> tup
     paths = {name: folder / f"{name}.onnx" for name in models}
     for name, model in models.items():
         gp.export_onnx(model, example, paths[name])
-    report = gp.measure_latency(paths)
-    raise NotImplementedError(report)
+    report = gp.measure_latency(paths, baseline="dense", threads=1)
+    pruned = report["pruned"]
+    ratio = {"low": pruned.ratio_low, "estimate": pruned.ratio, "high": pruned.ratio_high}
+    return {row.name: row.median_ms for row in report.rows}, ratio
 
 
 def _write(summary: DemoSummary, small: nn.Module, folder: Path) -> None:

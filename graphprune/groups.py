@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphprune.errors import GraphPruneError
 from graphprune.graph import DependencyGraph, Frozen, Group, Role, Slice
-from graphprune.labelling import Analysis, label
-from graphprune.labels import NO_REASON, Ids, LabelTable
+from graphprune.labelling import Analysis, extend, label
+from graphprune.labels import FROZEN, NO_REASON, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Why
-from graphprune.tracing import record
+from graphprune.tracing import Program, record
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -35,8 +36,7 @@ def trace(model: nn.Module, example_inputs: object) -> DependencyGraph:
     start = time.perf_counter()
     program = record(model, example_inputs)
     recorded = time.perf_counter()
-    analysis = label(program)
-    graph = gather(analysis)
+    graph = gather(analyse(model, program))
     seconds = {"trace": recorded - start, "groups": time.perf_counter() - recorded}
     object.__setattr__(graph, "seconds", seconds)
     return graph
@@ -52,6 +52,23 @@ class _Slot:
     parameter: str
     dim: int
     produces: bool
+
+
+def analyse(model: nn.Module, program: Program) -> Analysis:
+    """Returns the labels of a program; where it leaves parameters unread, a training pass is labelled along with it.
+
+    Auxiliary heads run only in training. Their channels depend on the trunk's all the same.
+    """
+    analysis = label(program)
+    if program.unused:
+        try:
+            more = record(model, program.inputs, training=True)
+        except GraphPruneError:
+            return analysis
+        if len(more.unused) < len(program.unused):
+            extend(analysis, more)
+            program.unused = [n for n in program.unused if n in more.unused]
+    return analysis
 
 
 def gather(analysis: Analysis) -> DependencyGraph:
@@ -248,9 +265,13 @@ def _roles(analysis: Analysis) -> dict[int, Role]:
             if labels is None or labels is UNBOUND or id(labels) in seen:
                 continue
             seen.add(id(labels))
-            for joint in analysis.table.joint(labels):
-                for i, cause in enumerate(joint):
-                    out.setdefault(cause, "within" if i == len(joint) - 1 else "block")
+            rows = analysis.table.joint(labels)
+            last = (rows != FROZEN).sum(axis=1) - 1
+            inner = rows[np.arange(rows.shape[0]), last]
+            for cause in np.unique(inner).tolist():
+                out.setdefault(cause, "within")
+            for cause in np.setdiff1d(rows, [FROZEN, *inner]).tolist():
+                out.setdefault(cause, "block")
     return out
 
 

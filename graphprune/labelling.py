@@ -60,18 +60,23 @@ class Analysis:
 def label(program: Program) -> Analysis:
     """Runs the operators' rules over a program, in the order of execution."""
     analysis = Analysis(program)
+    extend(analysis, program)
+    return analysis
+
+
+def extend(analysis: Analysis, program: Program) -> None:
+    """Runs the rules over one more program of the same model: parameters that both read keep their labels."""
     for node in program.graph.nodes:
         if node.op == "placeholder":
             analysis.values[node] = _input(node)
         elif node.op == "get_attr":
-            analysis.values[node] = _tensor(node, analysis)
+            analysis.values[node] = _tensor(node, analysis, program)
         elif node.op == "output":
             _freeze_outputs(node, analysis)
         elif node.target is operator.getitem:
             analysis.values[node] = _item(node, analysis)
         elif isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 (the class has no public name)
             _apply_rule(node, analysis)
-    return analysis
 
 
 def _input(node: fx.Node) -> Value | None:
@@ -79,9 +84,11 @@ def _input(node: fx.Node) -> Value | None:
     return Value(shapes[0], [None] * len(shapes[0]), node.name) if shapes else None
 
 
-def _tensor(node: fx.Node, analysis: Analysis) -> Value:
+def _tensor(node: fx.Node, analysis: Analysis, program: Program) -> Value:
     name, shape = str(node.target), node.meta["shapes"][0]
-    if name in analysis.program.parameters:
+    if name in analysis.parameters:
+        return analysis.parameters[name]
+    if name in program.parameters:
         value = Value(shape, [UNBOUND] * len(shape), name, parameter=True, zero=True)
         analysis.parameters[name] = value
         return value

@@ -1,29 +1,31 @@
 """The algebra of labels: which indices of which dimensions live and die together.
 
 Every index of a tensor dimension carries a *label*: the set of causes whose removal removes that index. A label is an integer id into a
-:class:`LabelTable`. Id 0 is the empty set, *frozen*: nothing removes the index. An *atom* is a set of one cause. A *product* is the
-union of two labels, as when a row (head h, width d) of a linear layer dies with its head or with its width.
+:class:`LabelTable`. Id 0 is the empty set, *frozen*: nothing removes the index. An *atom* is a set of one cause. A *product* is a set of
+several, as when a row (head h, width d) of a linear layer dies with its head or with its width.
 
 All constraints say "label x equals label y" and are solved by substitution (atom by label, never copies), so that what is learnt about a
 label anywhere holds everywhere it was seen. A whole dimension without labels is written ``None``.
+
+Everything works on whole arrays. A product keeps its causes in a row of a matrix, padded with 0; causes that have since been united,
+refined or frozen are looked up when the row is read.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
+Hashes: TypeAlias = NDArray[np.uint64]
 Dim: TypeAlias = "Ids | None"
 
 FROZEN = 0
 NO_REASON = -1
-WIDTH = 4  # causes that a product's row holds; products of more are looked up one by one
 
 
 class LabelTable:
@@ -32,13 +34,9 @@ class LabelTable:
     def __init__(self) -> None:
         self._size = 1
         self._parent: Ids = np.zeros(1024, dtype=np.int64)
-        self._left: Ids = np.full(1024, -1, dtype=np.int64)
-        self._right: Ids = np.full(1024, -1, dtype=np.int64)
         self._reason: Ids = np.full(1024, NO_REASON, dtype=np.int64)
-        self._rows: Ids = np.zeros((1024, WIDTH), dtype=np.int64)
-        self._seen: Ids = np.full((1024, WIDTH), -1, dtype=np.int64)
-        self._products: dict[bytes, int] = {}
-        self._leaves: dict[int, tuple[int, ...]] = {}
+        self._product: Flags = np.zeros(1024, dtype=bool)
+        self._rows: Ids = np.zeros((1024, 3), dtype=np.int64)
 
     # -- making labels ---------------------------------------------------------------------------------------------------------------
 
@@ -52,170 +50,117 @@ class LabelTable:
 
     def product(self, a: Ids, b: Ids) -> Ids:
         """Returns the elementwise union of two label arrays of one shape."""
-        a, b = self.canonical(a), self.canonical(b)
+        a, b = self.roots(a), self.roots(b)
         out = np.where(a == FROZEN, b, a)
         joint = np.flatnonzero((a != FROZEN) & (b != FROZEN) & (a != b))
         if joint.size:
             pairs, where = _unique_pairs(a[joint], b[joint])
-            out[joint] = self._join(pairs[:, 0], pairs[:, 1])[where]
+            rows = np.concatenate([self._causes(pairs[:, 0]), self._causes(pairs[:, 1])], axis=1)
+            out[joint] = self._of_rows(rows)[where]
         return out
 
-    def _join(self, a: Ids, b: Ids) -> Ids:
-        """Returns one product id per pair of distinct, canonical, live labels."""
-        ids = self.fresh(a.size)
-        self._left[ids], self._right[ids] = a, b
-        row_a, row_b = self._row(a), self._row(b)
-        count_a, count_b = (row_a != FROZEN).sum(axis=1), (row_b != FROZEN).sum(axis=1)
-        fits = (count_a + count_b <= WIDTH) & (row_a[:, 0] >= 0) & (row_b[:, 0] >= 0)
-        rows = row_a.copy()
-        for k in range(WIDTH):
-            at = np.flatnonzero(fits & (k < count_b))
-            rows[at, count_a[at] + k] = row_b[at, k]
-        rows[~fits, 0] = -1
-        self._rows[ids] = rows
-        return self.canonical(ids)
-
-    def _row(self, labels: Ids) -> Ids:
-        """Returns the causes of canonical labels as they were put together, padded with 0; -1 first where there are too many."""
-        atoms = self._left[labels] < 0
-        rows = self._rows[labels]
-        if (~atoms).any():
-            where = np.flatnonzero(~atoms)
-            for i in where[(self._left[self.find(np.maximum(rows[where], 0))] >= 0).any(axis=1)].tolist():
-                self._fresh_leaves(int(labels[i]))
-            rows = self._rows[labels]
-            front = np.argsort(rows[where] == FROZEN, axis=1, kind="stable")
-            rows[where] = np.take_along_axis(rows[where], front, axis=1)
-        rows[atoms] = FROZEN
-        rows[atoms, 0] = labels[atoms]
-        return rows
+    def _of_rows(self, rows: Ids) -> Ids:
+        """Returns the label of each row of causes: nothing, an atom, or a new product."""
+        rows = _compact(rows)
+        count = (rows != FROZEN).sum(axis=1)
+        out = rows[:, 0].copy()
+        several = np.flatnonzero(count > 1)
+        if several.size:
+            ids = self.fresh(several.size)
+            self._widen(rows.shape[1])
+            self._rows[ids, : rows.shape[1]] = rows[several]
+            self._product[ids] = True
+            out[several] = ids
+        return out
 
     # -- reading labels --------------------------------------------------------------------------------------------------------------
 
-    def find(self, ids: Ids) -> Ids:
-        """Returns the representatives of `ids` (products are not simplified; see :meth:`canonical`)."""
+    def roots(self, ids: Ids) -> Ids:
+        """Returns representatives: 0 exactly for frozen labels, one id per atom; equal products may still have different ids."""
+        roots = self._find(ids)
+        if self._product[roots].any():
+            products = np.unique(roots[self._product[roots]])
+            rows = self._causes(products)
+            small = rows[:, 1] == FROZEN
+            if small.any():
+                self._parent[products[small]] = rows[small, 0]
+                roots = self._find(roots)
+        return roots
+
+    def _find(self, ids: Ids) -> Ids:
+        """Follows ids to their representatives and shortens the way; what ends at frozen learns why."""
         parent = self._parent
-        out = parent[ids]
+        last, out = ids, parent[ids]
         while True:
             up = parent[out]
             if np.array_equal(up, out):
                 break
+            last = np.where(out != FROZEN, out, last)
             out = up
         parent[ids] = out
+        frozen = (out == FROZEN) & (self._reason[ids] == NO_REASON)
+        if frozen.any():
+            self._reason[ids[frozen]] = self._reason[last[frozen]]
         return out
 
-    def canonical(self, ids: Ids) -> Ids:
-        """Returns ids such that two labels are the same set exactly if their ids are equal."""
-        roots = self.find(ids)
-        joint = self._left[roots] >= 0
-        if not joint.any():
-            return roots
-        unique, where = np.unique(roots[joint], return_inverse=True)
-        rows, plain = self._sorted_leaves(unique)
-        known = plain & (self._seen[unique] == rows).all(axis=1)
-        for i in np.flatnonzero(~known).tolist():
-            row = rows[i] if plain[i] else self._fresh_leaves(int(unique[i]))
-            unique[i] = self._intern(int(unique[i]), row)
-        roots[joint] = unique[where]
-        return roots
+    def _causes(self, roots: Ids) -> Ids:
+        """Returns the causes of representatives as rows padded with 0, in the order in which each label was put together."""
+        rows = np.where(self._product[roots][:, None], self._rows[roots], FROZEN)
+        plain = ~self._product[roots]
+        rows[plain, 0] = roots[plain]
+        found = self._find(rows)
+        while self._product[found].any():
+            inner = np.where(self._product[found][:, :, None], self._rows[found], FROZEN)
+            inner[:, :, 0] = np.where(self._product[found], inner[:, :, 0], found)
+            found = self._find(inner.reshape(roots.size, -1))
+        if not np.array_equal(found, rows):
+            if not found.all():
+                self._reason[roots] = np.maximum(self._reason[roots], self._reason[rows].max(axis=1))
+            rows = _compact(found)
+            self._widen(rows.shape[1])
+            products = ~plain
+            self._rows[roots[products], : rows.shape[1]] = rows[products]
+            self._rows[roots[products], rows.shape[1] :] = FROZEN
+        return rows
 
-    def _sorted_leaves(self, products: Ids) -> tuple[Ids, Flags]:
-        """Returns per product its causes, descending and padded with 0, and for which products that could be told from its row."""
-        leaves = self._rows[products]
-        wide = leaves[:, 0] < 0
-        leaves = self.find(np.maximum(leaves, 0))
-        plain = ~wide & (self._left[leaves] < 0).all(axis=1)
-        rows = -np.sort(-leaves, axis=1)
-        double = rows[:, 1:] == rows[:, :-1]
-        if double.any():
-            rows[:, 1:][double] = FROZEN
-            rows = -np.sort(-rows, axis=1)
-        return rows, plain
-
-    def _fresh_leaves(self, root: int) -> Ids:
-        """Looks a product's causes up again after one of them was refined; returns them descending (padded when few)."""
-        leaves = self.causes(root)
-        if len(leaves) > WIDTH:
-            self._rows[root, 0] = -1
-            return np.array(sorted(leaves, reverse=True), dtype=np.int64)
-        self._rows[root] = np.array([*leaves, *[FROZEN] * (WIDTH - len(leaves))], dtype=np.int64)
-        return -np.sort(-self._rows[root])
-
-    def _intern(self, root: int, row: Ids) -> int:
-        """Returns the one id that stands for a set of causes, and makes `root` point to it."""
-        count = int((row != FROZEN).sum())
-        if count <= 1:
-            target = int(row[0])
-        else:
-            key = row.tobytes()
-            target = self._products.setdefault(key, root)
-            if self._parent[target] != target:
-                target = self._products[key] = root
-            if count <= WIDTH:
-                self._seen[target] = row
-        if target != root:
-            self._parent[root] = target
-        return target
+    def signatures(self, ids: Ids) -> Hashes:
+        """Returns a number per label: equal exactly where the sets of causes are equal (but for one chance in 2**64)."""
+        roots = self._find(ids)
+        out = _mixed(roots)
+        where = np.flatnonzero(self._product[roots].ravel())
+        if where.size:
+            products, back = np.unique(roots.ravel()[where], return_inverse=True)
+            out.ravel()[where] = _mixed(self._causes(products)).sum(axis=1)[back]
+        return out
 
     def causes(self, label: int) -> tuple[int, ...]:
         """Returns the causes of one label, in the order in which the label was put together."""
-        root = self._root(label)
-        if root == FROZEN:
-            return ()
-        if self._left[root] < 0:
-            return (root,)
-        known = self._leaves.get(root)
-        if known is None:
-            parts = self.causes(int(self._left[root])) + self.causes(int(self._right[root]))
-            known = self._leaves[root] = tuple(dict.fromkeys(parts))
-        return known
-
-    def _root(self, label: int) -> int:
-        parent = self._parent
-        while parent[label] != label:
-            label = int(parent[label])
-        return label
-
-    def is_live(self, ids: Ids) -> Flags:
-        """Returns which labels are not frozen."""
-        live: Flags = self.canonical(ids) != FROZEN
-        return live
+        row = self._causes(self._find(np.array([label], dtype=np.int64)))[0]
+        return tuple(int(c) for c in row if c != FROZEN)
 
     def expand(self, ids: Ids) -> tuple[Ids, Ids]:
         """Returns (positions, causes): every (index into `ids`, cause of its label), positions ascending."""
-        roots = self.canonical(ids)
-        atoms = (self._left[roots] < 0) & (roots != FROZEN)
-        positions = [np.flatnonzero(atoms)]
-        causes = [roots[atoms]]
-        products = np.flatnonzero(self._left[roots] >= 0)
-        if products.size:
-            unique, where = np.unique(roots[products], return_inverse=True)
-            leaves = [self.causes(int(u)) for u in unique]
-            lengths = np.array([len(x) for x in leaves], dtype=np.int64)
-            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-            flat = np.fromiter(itertools.chain.from_iterable(leaves), dtype=np.int64, count=int(lengths.sum()))
-            counts = lengths[where]
-            offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            positions.append(np.repeat(products, counts))
-            causes.append(flat[np.repeat(starts[where], counts) + offsets])
-        where_all, cause_all = np.concatenate(positions), np.concatenate(causes)
-        order = np.argsort(where_all, kind="stable")
-        return where_all[order], cause_all[order]
+        roots = self._find(ids)
+        if not self._product[roots].any():
+            positions = np.flatnonzero(roots != FROZEN)
+            return positions, roots[positions]
+        rows = self._causes(roots)
+        positions, columns = np.nonzero(rows)
+        return positions, rows[positions, columns]
 
-    def joint(self, ids: Ids) -> list[tuple[int, ...]]:
-        """Returns the causes of every distinct label that has more than one."""
-        roots = self.canonical(ids)
-        products = np.unique(roots[self._left[roots] >= 0])
-        return [self.causes(int(p)) for p in products]
+    def joint(self, ids: Ids) -> Ids:
+        """Returns the causes of the labels that have more than one, a row each, padded with 0."""
+        roots = self.roots(ids)
+        return self._causes(np.unique(roots[self._product[roots]]))
 
     def removed(self, ids: Ids, causes: Flags) -> Flags:
         """Returns which indices go when the causes flagged in `causes` (a boolean array over cause ids) go."""
-        roots = self.find(ids)
-        out = causes[roots]
-        products = np.flatnonzero(self._left[roots] >= 0)
+        roots = self._find(ids)
+        out: Any = causes[roots]
+        products = np.flatnonzero(self._product[roots])
         if products.size:
-            left, right = self._left[roots[products]], self._right[roots[products]]
-            out[products] = self.removed(left, causes) | self.removed(right, causes)
+            unique, back = np.unique(roots[products], return_inverse=True)
+            out[products] = causes[self._causes(unique)].any(axis=1)[back]
         return out
 
     @property
@@ -229,8 +174,10 @@ class LabelTable:
         """Makes two label arrays equal, index by index; returns how many causes were frozen by doing so (`reason` says why)."""
         frozen = 0
         while True:
-            a, b = self.canonical(a), self.canonical(b)
+            a, b = self.roots(a), self.roots(b)
             differ = a != b
+            if differ.any() and self._product[a[differ]].any():
+                differ = self.signatures(a) != self.signatures(b)
             if not differ.any():
                 return frozen
             pairs, _ = _unique_pairs(a[differ], b[differ])
@@ -239,101 +186,76 @@ class LabelTable:
             if dead.any():
                 frozen += self.freeze(np.maximum(a[dead], b[dead]), reason)
                 continue
-            atoms_a, atoms_b = self._left[a] < 0, self._left[b] < 0
+            atoms_a, atoms_b = ~self._product[a], ~self._product[b]
             both = atoms_a & atoms_b
             if both.any():
                 self._parent[np.maximum(a[both], b[both])] = np.minimum(a[both], b[both])
-                self._leaves.clear()
             elif (atoms_a | atoms_b).any():
-                frozen += self._substitute_atoms(a, b, atoms_a, atoms_b, reason)
+                frozen += self._substitute(np.where(atoms_a, a, b), np.where(atoms_a, b, a), atoms_a | atoms_b, reason)
             else:
-                frozen += self._unify_all_products(a, b, reason)
+                frozen += self._unify_products(a, b, reason)
 
-    def _substitute_atoms(self, a: Ids, b: Ids, atoms_a: Flags, atoms_b: Flags, reason: int) -> int:
+    def _substitute(self, atom: Ids, product: Ids, mixed: Flags, reason: int) -> int:
         """Replaces atoms by the products that they meet, each atom once; returns how many causes were frozen."""
-        mixed = atoms_a | atoms_b
-        atom, product = np.where(atoms_a, a, b)[mixed], np.where(atoms_a, b, a)[mixed]
-        _, first = np.unique(atom, return_index=True)
-        left, right, plain = self._plain(product[first])
-        if plain.all() and not np.isin(atom[first], np.concatenate([left, right])).any():
-            self._parent[atom[first]] = product[first]
-            self._leaves.clear()
+        atoms, first = np.unique(atom[mixed], return_index=True)
+        products = product[mixed][first]
+        rows = self._causes(products)
+        if not np.isin(atoms, rows).any():
+            self._parent[atoms] = products
             return 0
         frozen = 0
-        for x, p in zip(atom[first].tolist(), product[first].tolist(), strict=True):
-            leaves = self.causes(p)
-            if self._root(x) != x:
+        for x, p in zip(atoms.tolist(), products.tolist(), strict=True):
+            if self._parent[x] != x:
                 continue
-            if x in leaves:
-                frozen += self.freeze(np.array([c for c in leaves if c != x], dtype=np.int64), reason)
+            causes = self.causes(p)
+            if x in causes:
+                frozen += self.freeze(np.array([c for c in causes if c != x], dtype=np.int64), reason)
             else:
                 self._parent[x] = p
-                self._leaves.clear()
         return frozen
 
-    def _plain(self, products: Ids) -> tuple[Ids, Ids, Flags]:
-        """Returns the two causes of products in order, and which products have exactly two."""
-        rows = self._row(products)
-        parts = self.find(np.maximum(rows[:, :2], 0))
-        two = (rows[:, 0] > 0) & (rows[:, 1] > 0) & (rows[:, 2] == FROZEN) & (self._left[parts] < 0).all(axis=1)
-        return parts[:, 0], parts[:, 1], two & (parts != FROZEN).all(axis=1) & (parts[:, 0] != parts[:, 1])
-
-    def _unify_all_products(self, a: Ids, b: Ids, reason: int) -> int:
-        """Makes pairs of products equal: pairs of two atoms each at once, others one by one."""
-        (la, ra, plain_a), (lb, rb, plain_b) = self._plain(a), self._plain(b)
-        plain = plain_a & plain_b
-        frozen = sum(self._unify_products(int(x), int(y), reason) for x, y in zip(a[~plain], b[~plain], strict=True))
-        la, ra, lb, rb = la[plain], ra[plain], lb[plain], rb[plain]
-        crossed = (la == rb) | (ra == lb)
-        lb, rb = np.where(crossed, rb, lb), np.where(crossed, lb, rb)
-        if la.size:
-            frozen += self.unify(np.concatenate([la, ra]), np.concatenate([lb, rb]), reason)
+    def _unify_products(self, a: Ids, b: Ids, reason: int) -> int:
+        """Makes pairs of products equal: common causes cancel, the rest is matched in order, or merged where it cannot be."""
+        rows_a, rows_b = self._causes(a), self._causes(b)
+        rest_a = _compact(np.where((rows_a[:, :, None] == rows_b[:, None, :]).any(axis=2), FROZEN, rows_a))
+        rest_b = _compact(np.where((rows_b[:, :, None] == rows_a[:, None, :]).any(axis=2), FROZEN, rows_b))
+        count_a, count_b = (rest_a != FROZEN).sum(axis=1), (rest_b != FROZEN).sum(axis=1)
+        frozen = 0
+        emptied = (count_a == 0) | (count_b == 0)
+        if emptied.any():
+            alone = np.concatenate([rest_a[emptied].ravel(), rest_b[emptied].ravel()])
+            frozen += self.freeze(alone, reason)
+        equal = (count_a == count_b) & ~emptied
+        width = min(rest_a.shape[1], rest_b.shape[1])
+        if equal.any():
+            x, y = rest_a[equal, :width].ravel(), rest_b[equal, :width].ravel()
+            frozen += self.unify(x[x != FROZEN], y[x != FROZEN], reason)
+        for i in np.flatnonzero(~equal & ~emptied).tolist():
+            frozen += self._unify_unequal(rest_a[i], rest_b[i], reason)
         return frozen
 
-    def _unify_products(self, x: int, y: int, reason: int) -> int:
-        """Makes two products equal: common causes cancel, the rest is matched in order, or merged when it cannot be."""
-        all_x, all_y = self.causes(x), self.causes(y)
-        rest_x = [c for c in all_x if c not in all_y]
-        rest_y = [c for c in all_y if c not in all_x]
-        if not rest_x or not rest_y:
-            return self.freeze(np.array(rest_x + rest_y, dtype=np.int64), reason) if rest_x or rest_y else 0
-        if len(rest_x) == len(rest_y):
-            return self.unify(np.array(rest_x, dtype=np.int64), np.array(rest_y, dtype=np.int64), reason)
-        if len(rest_x) == 1 or len(rest_y) == 1:
-            single, several = (rest_x, rest_y) if len(rest_x) == 1 else (rest_y, rest_x)
-            label = np.array(several[:1], dtype=np.int64)
-            for cause in several[1:]:
-                label = self.product(label, np.array([cause], dtype=np.int64))
-            return self.unify(np.array(single, dtype=np.int64), label, reason)
-        merged = np.array(rest_x + rest_y, dtype=np.int64)
+    def _unify_unequal(self, a: Ids, b: Ids, reason: int) -> int:
+        """A single cause is refined into several; several against others are merged into one."""
+        a, b = a[a != FROZEN], b[b != FROZEN]
+        if min(a.size, b.size) == 1:
+            single, several = (a, b) if a.size == 1 else (b, a)
+            return self.unify(single, self._of_rows(several[None, :]), reason)
+        merged = np.concatenate([a, b])
         return self.unify(merged[:-1], merged[1:], reason)
 
     def freeze(self, ids: Ids, reason: int) -> int:
         """Freezes every cause of the given labels; returns how many there were."""
-        roots = np.unique(self.canonical(ids))
-        atoms = roots[(self._left[roots] < 0) & (roots != FROZEN)]
-        products = roots[self._left[roots] >= 0]
-        if products.size:
-            leaves = [c for p in products for c in self.causes(int(p))]
-            atoms = np.unique(np.concatenate([atoms, np.array(leaves, dtype=np.int64)]))
-        if atoms.size:
-            self._parent[atoms] = FROZEN
-            self._reason[atoms] = reason
-            self._leaves.clear()
+        atoms = np.unique(self._causes(np.unique(self._find(ids.ravel()))))
+        atoms = atoms[atoms != FROZEN]
+        self._parent[atoms] = FROZEN
+        self._reason[atoms] = reason
         return int(atoms.size)
 
     def reasons(self, ids: Ids) -> Ids:
         """Returns why each frozen label is frozen (:data:`NO_REASON` for live ones)."""
-        return np.array([self._reason_of(int(i)) for i in ids.ravel()], dtype=np.int64).reshape(ids.shape)
-
-    def _reason_of(self, label: int) -> int:
-        while self._parent[label] not in (label, FROZEN):
-            label = int(self._parent[label])
-        if label == FROZEN or self._reason[label] != NO_REASON:
-            return int(self._reason[label])
-        if self._left[label] < 0:
-            return NO_REASON
-        return max(self._reason_of(int(self._left[label])), self._reason_of(int(self._right[label])))
+        self.roots(ids)
+        self._find(ids)
+        return np.where(self._parent[ids] == FROZEN, self._reason[ids], NO_REASON)
 
     # -- reshaping -------------------------------------------------------------------------------------------------------------------
 
@@ -363,52 +285,86 @@ class LabelTable:
         return [rows, *self.split(columns, sizes[1:], reason)]
 
     def _split_in_two(self, flat: Ids, rows: int, columns: int, reason: int) -> tuple[Dim, Dim]:
-        grid = self.canonical(flat).reshape(rows, columns)
+        grid, signs = self.roots(flat).reshape(rows, columns), self.signatures(flat).reshape(rows, columns)
         if not grid.any():
             return None, None
-        if columns == 1 or (grid == grid[:, :1]).all():
+        if columns == 1 or (signs == signs[:, :1]).all():
             return grid[:, 0].copy(), None
-        if rows == 1 or (grid == grid[:1]).all():
+        if rows == 1 or (signs == signs[:1]).all():
             return None, grid[0].copy()
-        common_rows, common_columns = self._common_causes(grid)
-        if (self.canonical(self._outer(common_rows, common_columns)) == grid).all():
+        common_rows, common_columns = self._common(grid), self._common(grid.T)
+        if (self.signatures(self._outer(common_rows, common_columns)) == signs.ravel()).all():
             return common_rows, common_columns
-        outer_rows = self.product(common_rows, self.fresh(rows))
+        outer_rows = common_rows if self._structured(grid, common_rows, common_columns) else self.product(common_rows, self.fresh(rows))
         outer_columns = self.product(common_columns, self.fresh(columns))
-        self.unify(grid.ravel(), self._outer(outer_rows, outer_columns).ravel(), reason)
-        return self.canonical(outer_rows), self.canonical(outer_columns)
+        self.unify(grid.ravel(), self._outer(outer_rows, outer_columns), reason)
+        return self.roots(outer_rows), self.roots(outer_columns)
+
+    def _structured(self, grid: Ids, rows: Ids, columns: Ids) -> bool:
+        """Returns whether some entry has two causes or more that neither its row nor its column explains.
+
+        Such entries have been cut another way before (a channel shuffle after a channel shuffle). A new cause per row would be matched
+        with one of theirs and tie together what is independent, so only columns get causes.
+        """
+        known = np.concatenate([self._causes(np.repeat(rows, columns.size)), self._causes(np.tile(columns, rows.size))], axis=1)
+        causes = self._causes(grid.ravel())
+        unexplained = (causes != FROZEN) & ~(causes[:, :, None] == known[:, None, :]).any(axis=2)
+        return bool((unexplained.sum(axis=1) > 1).any())
 
     def _outer(self, rows: Ids, columns: Ids) -> Ids:
-        return self.product(np.repeat(rows, columns.size), np.tile(columns, rows.size)).reshape(rows.size, columns.size)
+        return self.product(np.repeat(rows, columns.size), np.tile(columns, rows.size))
 
-    def _common_causes(self, grid: Ids) -> tuple[Ids, Ids]:
-        """Returns, per row and per column of a grid of canonical labels, the label of the causes that all its entries share."""
-        rows, columns = np.zeros(grid.shape[0], dtype=np.int64), np.zeros(grid.shape[1], dtype=np.int64)
-        if not (self._left[grid] >= 0).any():
-            return rows, columns
-        for axis, out in ((0, rows), (1, columns)):
-            lines = grid if axis == 0 else grid.T
-            for i, line in enumerate(lines):
-                entries = np.unique(line).tolist()
-                shared = set(self.causes(entries[0])).intersection(*(self.causes(e) for e in entries[1:]))
-                ordered = [c for c in self.causes(entries[0]) if c in shared]
-                label = np.zeros(1, dtype=np.int64)
-                for cause in ordered:
-                    label = self.product(label, np.array([cause], dtype=np.int64))
-                out[i] = label[0]
-        return rows, columns
+    def _common(self, grid: Ids) -> Ids:
+        """Returns, per row of a grid that holds products, the label of the causes that all its entries share."""
+        if not self._product[grid].any():
+            return np.zeros(grid.shape[0], dtype=np.int64)
+        causes = self._causes(grid.ravel()).reshape(*grid.shape, -1)
+        candidates = causes[:, 0, :]
+        shared = np.stack([(causes == candidates[:, None, k : k + 1]).any(axis=2).all(axis=1) for k in range(candidates.shape[1])], axis=1)
+        return self._of_rows(np.where(shared, candidates, FROZEN))
+
+    def _widen(self, width: int) -> None:
+        missing = width - self._rows.shape[1]
+        if missing > 0:
+            self._rows = np.concatenate([self._rows, np.zeros((self._rows.shape[0], missing), dtype=np.int64)], axis=1)
 
     def _grow(self, size: int) -> None:
         capacity = self._parent.size
         if size > capacity:
             extra = max(capacity, size - capacity)
-            self._parent = np.concatenate([self._parent, np.zeros(extra, dtype=np.int64)])
-            self._left = np.concatenate([self._left, np.full(extra, -1, dtype=np.int64)])
-            self._right = np.concatenate([self._right, np.full(extra, -1, dtype=np.int64)])
-            self._reason = np.concatenate([self._reason, np.full(extra, NO_REASON, dtype=np.int64)])
-            self._rows = np.concatenate([self._rows, np.zeros((extra, WIDTH), dtype=np.int64)])
-            self._seen = np.concatenate([self._seen, np.full((extra, WIDTH), -1, dtype=np.int64)])
+            self._parent = _longer(self._parent, extra, 0)
+            self._reason = _longer(self._reason, extra, NO_REASON)
+            self._product = _longer(self._product, extra, 0)
+            self._rows = _longer(self._rows, extra, 0)
         self._size = max(self._size, size)
+
+
+def _longer(array: Any, extra: int, fill: int) -> Any:
+    return np.concatenate([array, np.full((extra, *array.shape[1:]), fill, dtype=array.dtype)])
+
+
+def _compact(rows: Ids) -> Ids:
+    """Returns rows with repeated entries dropped and zeros moved to the end, no wider than needed (at least two)."""
+    rows = rows.copy()
+    for k in range(1, rows.shape[1]):
+        rows[(rows[:, :k] == rows[:, k : k + 1]).any(axis=1), k] = FROZEN
+    order = np.argsort(rows == FROZEN, axis=1, kind="stable")
+    rows = np.take_along_axis(rows, order, axis=1)
+    width = max(int((rows != FROZEN).any(axis=0).sum()), 2)
+    if rows.shape[1] < width:
+        rows = np.concatenate([rows, np.zeros((rows.shape[0], width - rows.shape[1]), dtype=np.int64)], axis=1)
+    return rows[:, :width]
+
+
+def _mixed(ids: Ids) -> Hashes:
+    """Returns a well-spread 64-bit number per id, 0 for 0 (the finaliser of splitmix64, Steele et al. 2014)."""
+    x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def _unique_pairs(a: Ids, b: Ids) -> tuple[Ids, Ids]:

@@ -56,13 +56,22 @@ class Program:
     ran: list[str] = field(default_factory=list)
 
 
-def record(model: nn.Module, example_inputs: object, on_value: Callable[[fx.Node, torch.Tensor], None] | None = None) -> Program:
+def record(
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    training: bool = False,
+    on_value: Callable[[fx.Node, torch.Tensor], None] | None = None,
+    on_call: Callable[[], None] | None = None,
+) -> Program:
     """Records one forward pass of `model` in eval mode.
 
     Args:
         model: any module; left as it was.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or (arguments, keyword arguments).
+        training: record what a training pass does instead (auxiliary heads run only then).
         on_value: called with every node and the tensor it produced (for diagnosis).
+        on_call: called after every operator that was recorded.
 
     Raises:
         InputError: there are no inputs, or the model's own forward raises on them.
@@ -70,9 +79,11 @@ def record(model: nn.Module, example_inputs: object, on_value: Callable[[fx.Node
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    recorder = _Recorder(model, inputs, on_value)
+    recorder = _Recorder(model, inputs, on_value, on_call)
     with undisturbed(model), _whole_attention(), _module_paths(recorder), torch.inference_mode():
         args, kwargs = recorder.bind_inputs()
+        for module in model.modules():
+            module.training = training
         try:
             with recorder:
                 output = model(*args, **kwargs)
@@ -91,7 +102,9 @@ def record(model: nn.Module, example_inputs: object, on_value: Callable[[fx.Node
 class _Recorder(TorchDispatchMode):
     """Turns every operator that passes into a node."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, on_value: Callable[[fx.Node, torch.Tensor], None] | None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, on_value: Callable[[fx.Node, torch.Tensor], None] | None, on_call: Callable[[], None] | None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.inputs = inputs
@@ -102,6 +115,7 @@ class _Recorder(TorchDispatchMode):
         self.paths = {id(m): n for n, m in reversed(list(self.modules.items()))}
         self.constants: dict[str, torch.Tensor] = {}
         self.on_value = on_value
+        self.on_call = on_call
         self._decompose: dict[Any, bool] = {}
         self._external: dict[int, fx.Node | str] = {}
         self._alive: list[torch.Tensor] = []
@@ -251,6 +265,8 @@ class _Recorder(TorchDispatchMode):
             self._made(node, result)
         elif isinstance(result, (list, tuple)):
             self._made_many(node, result, path, constant=constant)
+        if self.on_call is not None:
+            self.on_call()
         return result
 
     def _made(self, node: fx.Node, tensor: torch.Tensor) -> None:

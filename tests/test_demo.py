@@ -19,8 +19,10 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune import demo
 from graphprune.errors import ConfigError, ExportError, FileError, InputError
+from graphprune.latency import LatencyReport, LatencyRow
 
 FILES = {"dense.onnx", "pruned.onnx", "pruned.safetensors", "summary.json", "summary.md"}
+TIMES = {"dense": (1.5, 1.0, 1.0, 1.0), "pruned": (0.5, 3.0, 2.9, 3.1)}  # median, ratio, its interval
 SUMMARY = demo.DemoSummary(
     folder="out",
     settings={"sparsity": 0.5, "seed": 3, "depth": 20, "epochs": 12, "finetune_epochs": 5},
@@ -261,7 +263,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces what `run` calls by stand-ins that take no time, and returns the names of those called so far, in order."""
     called: list[str] = []
 
-    def prune(model: nn.Module, example: Tensor, *, sparsity: float, criterion: str) -> tuple[nn.Module, Any]:
+    def prune(_model: nn.Module, example: Tensor, *, sparsity: float, criterion: str) -> tuple[nn.Module, Any]:
         called.append(f"prune {sparsity:g} {criterion} {tuple(example.shape)}")
         return demo.ResidualNetwork(8, widths=(8, 16, 32)), type("Report", (), {"error": 1e-7, "effect": 0.5})
 
@@ -269,15 +271,16 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         called.append(f"recalibrate {sum(len(batch) for batch in batches)}")
         return model
 
-    def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    def export_onnx(_model: nn.Module, _example: Tensor, path: Path) -> None:
         called.append(f"export {path.name}")
         path.write_text("onnx")
 
-    def measure_latency(paths: dict[str, Path]) -> Any:
-        called.append(f"measure {' '.join(paths)}")
-        return LATENCY
+    def measure_latency(paths: dict[str, Path], *, baseline: str, threads: int) -> LatencyReport:
+        called.append(f"measure {' '.join(paths)} on {threads}")
+        rows = [LatencyRow(name, str(paths[name]), {}, 9, ms, ms, 0.1, *ratio) for name, (ms, *ratio) in TIMES.items()]
+        return LatencyReport(tuple(rows), baseline, 1, threads, "all", 1, 1.0, 0, "1.0", 2)
 
-    def save(model: nn.Module, path: Path) -> None:
+    def save(_model: nn.Module, path: Path) -> None:
         called.append(f"save {path.name}")
         path.write_text("tensors")
 
@@ -295,14 +298,15 @@ def test_a_run_calls_the_engine_step_by_step(engine: list[str], few: demo.Digits
     """Prune for one image, recalibrate on all training images, export both, measure both, save the pruned one."""
     summary = demo.run(tmp_path / "a" / "b", depth=8, epochs=0, finetune_epochs=0, data=few, sparsity=0.25)
     exports = ["export dense.onnx", "export pruned.onnx"]
-    assert engine == ["prune 0.25 l1 (1, 1, 16, 16)", "recalibrate 512", *exports, "measure dense pruned", "save pruned.safetensors"]
+    assert engine == ["prune 0.25 l1 (1, 1, 16, 16)", "recalibrate 512", *exports, "measure dense pruned on 1", "save pruned.safetensors"]
     assert names(tmp_path / "a" / "b") == FILES
     assert (summary.error, summary.effect) == (1e-7, 0.5)
     assert summary.latency_ms == {"dense": 1.5, "pruned": 0.5}
     assert summary.latency_ratio == {"low": 2.9, "estimate": 3.0, "high": 3.1}
 
 
-def test_a_run_leaves_other_files_and_replaces_its_own(engine: list[str], few: demo.Digits, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("engine")
+def test_a_run_leaves_other_files_and_replaces_its_own(few: demo.Digits, tmp_path: Path) -> None:
     """The folder may exist already, and may hold an older run."""
     (tmp_path / "mine.txt").write_text("keep")
     (tmp_path / "summary.json").write_text("old")
@@ -315,7 +319,7 @@ def test_a_run_leaves_other_files_and_replaces_its_own(engine: list[str], few: d
 def test_a_failing_run_leaves_no_trace(engine: list[str], few: demo.Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last step fails, no file and no folder of the run remains, and an older summary is as it was."""
 
-    def fail(model: nn.Module, path: Path) -> None:
+    def fail(_model: nn.Module, path: Path) -> None:
         path.write_text("half")
         raise ExportError("no space")
 
@@ -333,14 +337,12 @@ def test_a_failing_run_leaves_no_trace(engine: list[str], few: demo.Digits, tmp_
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_an_unwritable_folder_is_refused_before_training(
-    below: bool, engine: list[str], few: demo.Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_folder_is_refused_before_training(below: bool, engine: list[str], few: demo.Digits, tmp_path: Path) -> None:
     """A file stands where the folder, or one above it, would have to be: one clear error, and nothing was trained."""
     told: list[str] = []
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(FileError, match="file.* cannot be written"):
+    with pytest.raises(FileError, match=r"file.* cannot be written"):
         demo.run(file / "deeper" if below else file, depth=8, data=few, progress=lambda stage, *_: told.append(stage))
     assert (told, engine) == ([], [])
     assert file.read_text() == "mine"

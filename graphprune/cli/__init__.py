@@ -13,13 +13,13 @@ needs it.
 
 from __future__ import annotations
 
-from graphprune.cli import demonstration, exporting, inspecting, pruning
+from graphprune.cli import demonstration, exporting, inspecting, pruning, verifying
 from graphprune.cli.app import app
 
 app.command("demo")(demonstration.demo)
 app.command("inspect")(inspecting.inspect)
 app.command("prune")(pruning.prune)
-app.command("verify")(pruning.verify)
+app.command("verify")(verifying.verify)
 app.command("export")(exporting.export)
 app.command("bench")(exporting.bench)
 

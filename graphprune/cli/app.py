@@ -26,20 +26,21 @@ class OneLineErrors(TyperGroup):
         others = [argument for argument in args[:end] if argument not in _GLOBAL_FLAGS]
         return super().parse_args(ctx, [*flags, *others, *args[end:]] if args else ["--help"])
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Runs the command and exits with its code; a `GraphPruneError` or a wrong usage is one line and exit code 2."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
+        options["standalone_mode"] = False  # errors are raised, so that they can be told here
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **options)
         except GraphPruneError as error:
             _complain(str(error))
             sys.exit(_USAGE_CODE)
         except typer.Abort:
             _complain("aborted")
             sys.exit(1)
-        except Exception as error:
-            message = getattr(error, "format_message", None)  # what typer raises on wrong usage has one, wherever its class lives
+        except Exception as error:  # what typer raises on wrong usage is told by its method: its class has moved between releases
+            message = getattr(error, "format_message", None)
             if message is None:
                 raise
             _complain(message())
@@ -61,22 +62,26 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    """Prints the version and exits, where that was asked for."""
+    if wanted:
+        from graphprune import __version__
+
+        sys.stdout.write(f"graphprune {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def options(
+def program(
     ctx: typer.Context,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and the JSON that was asked for).")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    _version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)] = False,
 ) -> None:
     """Structural pruning for PyTorch: trace, prune, verify, export and time a model.
 
     --json and --quiet may stand before or behind the command.
     """
-    if version:
-        from graphprune import __version__
-
-        sys.stdout.write(f"graphprune {__version__}\n")
-        raise typer.Exit
     ctx.obj = Screen.open(json=json, quiet=quiet)
     if json:
         ctx.with_resource(redirect_stdout(sys.stderr))  # what the user's own model prints may not mix with the JSON

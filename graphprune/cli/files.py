@@ -101,7 +101,9 @@ def read_config(path: Path) -> list[Any]:
     try:
         config = json.loads(check_readable(path, "the config list").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{str(path)!r} is no JSON: {error}", 'Write a list such as [{"sparsity": 0.5, "op_types": ["default"]}]') from error
+        raise ConfigError(
+            f"{str(path)!r} is no JSON: {error}", 'Write a list such as [{"sparsity": 0.5, "op_types": ["default"]}]'
+        ) from error
     if not isinstance(config, list):
         what = f"{str(path)!r} holds a JSON {type(config).__name__}, not a list of entries"
         raise ConfigError(what, 'Write a list such as [{"sparsity": 0.5, "op_types": ["default"]}]')

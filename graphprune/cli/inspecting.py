@@ -24,6 +24,7 @@ _OPERATORS_SHOWN = 3
 def inspect(
     ctx: typer.Context,
     model: arguments.Model,
+    *,
     inputs: arguments.Inputs = None,
     weights: arguments.Weights = None,
     dtype: arguments.DtypeOption = None,

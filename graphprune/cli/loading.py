@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,7 @@ class Request:
         inputs = given if given is not None else self._default(source, model)
         if tensors is not None:
             load_weights(model, tensors, str(self.weights))
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        return Loaded(self, source, model if dtype is None else model.to(dtype), inputs if dtype is None else inputs.to(dtype))
+        return Loaded(self, source, model, inputs).to(self.dtype)
 
     def _default(self, source: Source, model: nn.Module) -> Inputs:
         """Returns one image of the usual size where the model is one of a library of image models."""
@@ -84,6 +83,31 @@ class Loaded:
     model: nn.Module
     inputs: Inputs
 
+    def pruned(self, path: Path) -> Loaded:
+        """Returns the pruned model in a file that `prune` wrote, with inputs of the file's type unless another was asked for.
+
+        Raises:
+            FileError, MaskError: the file cannot be read, or was made of another model.
+        """
+        from graphprune.recipes import load
+
+        small = load(self.source.build(), path, self.inputs)
+        pruned = Loaded(replace(self.request, weights=path), self.source, small, self.inputs)
+        return pruned.to(self.request.dtype or pruned.dtype)
+
+    def to(self, dtype: str | None) -> Loaded:
+        """Returns the same with model and inputs converted, which changes this model; None leaves both as they are."""
+        if dtype is None:
+            return self
+        kind: torch.dtype = getattr(torch, dtype)
+        return Loaded(self.request, self.source, self.model.to(kind), self.inputs.to(kind))
+
+    @property
+    def dtype(self) -> str | None:
+        """Name of the type of the first floating-point parameter."""
+        kinds = (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        return next((str(kind).removeprefix("torch.") for kind in kinds), None)
+
     def facts(self) -> dict[str, Any]:
         """Returns what the model is, for JSON."""
         return {
@@ -92,6 +116,7 @@ class Loaded:
             "inputs": str(self.inputs),
             "weights": str(self.request.weights) if self.request.weights else None,
             "seed": self.request.seed,
+            "dtype": self.dtype,
         }
 
     def title(self) -> str:
@@ -138,7 +163,9 @@ def _parse_input(text: str, generator: torch.Generator) -> tuple[str, Tensor]:
     dtype = fields.pop() if fields and (len(fields) > 1 or fields[-1] in _DTYPES) else "float32"
     name = fields.pop() if fields else ""
     if dtype not in _DTYPES:
-        raise InputError(f"--input {text!r} has no type called {dtype!r}", nearest(dtype, _DTYPES) or f"Use one of {', '.join(_DTYPES)}")
+        hint = nearest(dtype, _DTYPES)
+        what = f"--input {text!r} asks for the type {dtype!r}, which there is not{f' ({hint})' if hint else ''}"
+        raise InputError(what, f"Use one of {', '.join(_DTYPES)}")
     if fields or (name and not name.isidentifier()):
         raise InputError(f"--input {text!r} is no name, type and shape", _FORM)
     if min(shape) < 1:

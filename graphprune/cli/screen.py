@@ -14,6 +14,8 @@ from typing import Any, TextIO
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+_WIDTH = 140  # characters of a line in a file or a pipe
+
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
@@ -36,13 +38,13 @@ class Screen:
     @classmethod
     def open(cls, *, json: bool, quiet: bool) -> Screen:
         """Returns a screen on the present `sys.stdout` and `sys.stderr`."""
-        return cls(json, quiet, sys.stdout, Console(file=sys.stdout, highlight=False), Console(file=sys.stderr, highlight=False))
+        return cls(json, quiet, sys.stdout, _console(sys.stdout), _console(sys.stderr))
 
     def show(self, *parts: RenderableType) -> None:
-        """Prints parts of a result, one under the other, unless JSON or nothing was asked for; text is taken literally."""
+        """Prints parts of a result, one under the other, unless JSON or nothing was asked for."""
         if not self.json and not self.quiet:
             for part in parts:
-                self.console.print(part, markup=False)
+                self.console.print(part)
 
     def result(self, facts: Mapping[str, Any], *parts: RenderableType) -> None:
         """Prints a finished result: the facts as JSON where that was asked for, else the parts."""
@@ -68,6 +70,12 @@ class Screen:
             yield Bars(progress)
 
 
+def _console(stream: TextIO) -> Console:
+    """Returns a console that takes names of layers and messages literally; where there is no terminal to fill, tables get room."""
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
 class Bars:
     """One bar per stage; call it with (stage, steps done, steps in total)."""
 
@@ -83,10 +91,10 @@ class Bars:
 
 
 def to_json(value: Any) -> str:
-    """Returns a value as JSON text that every parser accepts: numbers that are not finite become null.
+    r"""Returns a value as JSON text that every parser accepts: numbers that are not finite become null.
 
     >>> to_json({"error": float("inf"), "files": ("a", "b")})
-    '{\\n  "error": null,\\n  "files": [\\n    "a",\\n    "b"\\n  ]\\n}\\n'
+    '{\n  "error": null,\n  "files": [\n    "a",\n    "b"\n  ]\n}\n'
     """
     return json_format.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
 

@@ -84,14 +84,13 @@ def find(name: str, seed: int = 0) -> Source:
         is_file = place.endswith(".py") or "/" in place or os.sep in place
         module = _from_file(Path(place)) if is_file else _from_package(place)
     if not hasattr(module, target):
-        hint = nearest(target, _candidates(module)) or _listed(_candidates(module))
-        raise InputError(f"{place} has no {target!r}", hint)
+        raise InputError(f"{place} has no {target!r}{_hint(target, _candidates(module))}", _listed(_candidates(module)))
     value = getattr(module, target)
     if isinstance(value, nn.Module):
         return Source(name, partial(copy.deepcopy, value), seed)
     if not callable(value):
         what = f"{name} is a {type(value).__name__}, neither a callable nor an nn.Module"
-        raise InputError(what, nearest(target, [n for n in _candidates(module) if n != target]) or _listed(_candidates(module)))
+        raise InputError(what, _listed(_candidates(module)))
     return Source(name, value, seed)
 
 
@@ -118,15 +117,15 @@ def _from_file(path: Path) -> ModuleType:
 
 def _from_package(place: str) -> ModuleType:
     """Returns an installed module, or one in the current folder."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
         if top == place.partition(".")[0]:
-            hint = nearest(place, _LIBRARIES)
-            raise InputError(f"there is no module {error.name!r}", hint or f"Models are named {FORMS}") from error
+            raise InputError(f"there is no module {error.name!r}{_hint(place, _LIBRARIES)}", f"Models are named {FORMS}") from error
         raise InputError(f"{place} cannot be imported: {_said(error)}", f"Install {top}") from error
     except Exception as error:
         raise InputError(f"{place} cannot be imported: {_said(error)}", "Correct the module, or install what it imports") from error
@@ -169,8 +168,8 @@ def _check_known(target: str, package: str, known: Iterable[str]) -> None:
     """Raises unless a library has a model of that name."""
     names = list(known)
     if target not in names:
-        what = f"{package} has no model called {target!r}"
-        raise InputError(what, nearest(target, names) or f"See {package}.{'models.' if package == 'torchvision' else ''}list_models()")
+        listing = f"{package}.models.list_models()" if package == "torchvision" else f"{package}.list_models()"
+        raise InputError(f"{package} has no model called {target!r}{_hint(target, names)}", f"See {listing}")
 
 
 def _candidates(module: ModuleType) -> list[str]:
@@ -182,6 +181,12 @@ def _candidates(module: ModuleType) -> list[str]:
 def _listed(names: list[str], most: int = 5) -> str:
     """Returns a phrase with the first few names."""
     return f"It has {', '.join(names[:most])}{' and others' if len(names) > most else ''}" if names else "It defines no callable"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """Returns the suggestion of the nearest known name in parentheses, or nothing."""
+    suggestion = nearest(name, known)
+    return f" ({suggestion})" if suggestion else ""
 
 
 def _said(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import onnx
 from torch import nn
 
 from graphprune.errors import ConfigError, ExportError, FileError, nearest
-from graphprune.export.job import Job, make_jobs
+from graphprune.export.job import Job, jobs
 from graphprune.export.proof import Facts, prove
 from graphprune.export.writers import WRITERS, GuessedError, RefusedError, cause, write
 from graphprune.inputs import normalise
@@ -82,7 +82,7 @@ def export_onnx(
         path: where to write; an existing file is replaced once the new one is finished and checked.
         dynamic_batch: leave dimension 0 free in every input that has the batch size there.
         opset: version of the ai.onnx operator set; None lets the exporter choose.
-        check: compare ONNX Runtime with the model on the example inputs and, if the batch is dynamic, on a larger batch.
+        check: compare ONNX Runtime with the model on the example inputs, and on other values, of a larger batch where it is dynamic.
         tolerance: largest relative error of an output, max|a - b| / max|a|.
         exporter: "torchscript" or "dynamo"; None tries both.
 
@@ -95,11 +95,11 @@ def export_onnx(
     target = _checked_target(Path(path))
     exporters = _checked_options(opset, tolerance, exporter, check=check)
     notes: list[str] = []
-    jobs = make_jobs(model, normalise(example_inputs), notes, opset=opset, check=check, dynamic_batch=dynamic_batch)
+    wanted = jobs(model, normalise(example_inputs), notes, opset=opset, check=check, dynamic_batch=dynamic_batch)
     failures: list[Exception] = []
     with _folder_beside(target) as folder:
-        for number, (name, job, trust) in enumerate(_attempts(jobs, exporters)):
-            if trust and failures and not any(isinstance(failure, GuessedError) for failure in failures):
+        for number, (name, job, trust) in enumerate(_attempts(wanted, exporters)):
+            if trust and exporter is None and not any(isinstance(failure, GuessedError) for failure in failures):
                 continue  # the recording failed for another reason, and would do so again
             file = folder / str(number) / target.name
             try:
@@ -137,14 +137,15 @@ def _checked_options(opset: int | None, tolerance: float, exporter: str | None, 
     if exporter is None:  # a recording that nothing is going to prove comes second
         return ("torchscript", "dynamo") if check else ("dynamo", "torchscript")
     if exporter not in WRITERS:
-        hint = nearest(exporter, WRITERS) or f"there are {' and '.join(WRITERS)}"
-        raise ConfigError(f"there is no exporter {exporter!r}: {hint}", "Leave it out to try both")
+        hint = nearest(exporter, WRITERS)
+        what = f"there is no exporter {exporter!r}{f' ({hint})' if hint else ''}"
+        raise ConfigError(what, f"Pass one of {', '.join(WRITERS)}, or leave it out to try both")
     return (exporter,)
 
 
-def _attempts(jobs: list[Job], exporters: tuple[str, ...]) -> Iterator[tuple[str, Job, bool]]:
+def _attempts(wanted: Iterator[Job], exporters: tuple[str, ...]) -> Iterator[tuple[str, Job, bool]]:
     """Yields exporter, job, and whether to trust a recording that looked at values, which is done for want of anything better."""
-    for job in jobs:
+    for job in wanted:
         if len(exporters) == 1:
             yield exporters[0], job, True
         else:

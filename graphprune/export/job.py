@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ class _Flat(nn.Module):
         return tuple(tensor for _, tensor in _tensors(result))
 
 
-def make_jobs(model: nn.Module, inputs: Inputs, notes: list[str], *, opset: int | None, check: bool, dynamic_batch: bool) -> list[Job]:
-    """Returns what to try to write: a dynamic batch if it is wanted and the model itself allows it, then a fixed one.
+def jobs(model: nn.Module, inputs: Inputs, notes: list[str], *, opset: int | None, check: bool, dynamic_batch: bool) -> Iterator[Job]:
+    """Yields what to try to write: a dynamic batch if it is wanted and the model itself allows it, then a fixed one.
 
     Args:
         model: run in eval mode, without a trace.
@@ -92,29 +93,35 @@ def make_jobs(model: nn.Module, inputs: Inputs, notes: list[str], *, opset: int 
         opset=opset,
         runs=(example,) if check else (),
     )
+    if dynamic_batch:
+        yield from _dynamic(fixed, example, model, inputs, notes)
+    if check:  # a recording agrees with itself: values that are baked in show on others
+        with suppress(InputError):
+            fixed = dataclasses.replace(fixed, runs=(example, _run(model, _varied(inputs, inputs.batch), names)[0]))
+    yield fixed
+
+
+def _dynamic(fixed: Job, example: Run, model: nn.Module, inputs: Inputs, notes: list[str]) -> Iterator[Job]:
+    """Yields the job with a dynamic batch, or nothing, and notes why."""
     batch = inputs.batch
-    if not dynamic_batch:
-        return [fixed]
     if not batch:
         notes.append("no input has a batch dimension")
-        return [fixed]
+        return
     recorded = max(batch, 2)  # torch.export takes sizes of 0 and 1 for constants
     try:
-        larger, _ = _run(model, _varied(inputs, recorded + 1), names)
+        larger, _ = _run(model, _varied(inputs, recorded + 1), list(fixed.inputs))
     except InputError as error:
         notes.append(f"the model itself refuses a batch of {recorded + 1}: {error.what}")
-        return [fixed]
+        return
     if larger.outputs.keys() != example.outputs.keys():
         notes.append(f"the model has {len(example.outputs)} outputs for a batch of {batch}, and {len(larger.outputs)} for {recorded + 1}")
-        return [fixed]
-    tensors = inputs.with_batch(recorded).tensors()
-    dynamic = dataclasses.replace(
+        return
+    yield dataclasses.replace(
         fixed,
-        inputs=dict(zip(names, tensors, strict=True)),
+        inputs=dict(zip(fixed.inputs, inputs.with_batch(recorded).tensors(), strict=True)),
         free=_free_dimensions(example, larger, recorded + 1),
-        runs=(example, larger) if check else (),
+        runs=(example, larger) if fixed.runs else (),
     )
-    return [dynamic, fixed]
 
 
 def _run(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Run, bool]:
@@ -130,19 +137,21 @@ def _run(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Run, bool]
     return Run(dict(zip(names, inputs.tensors(), strict=True)), dict(outputs)), plain
 
 
-def _varied(inputs: Inputs, batch: int) -> Inputs:
-    """Returns a larger batch in which no two samples are the same: floating-point values are damped, and moved on in the repeated ones.
+def _varied(inputs: Inputs, batch: int | None) -> Inputs:
+    """Returns inputs of another batch size, and of other values: floating-point numbers are damped, and moved on in repeated samples.
 
-    A file in which the statistics or the first sample of the example inputs are baked does not reproduce the model on these.
+    A file in which a statistic or the first sample of the example inputs is baked does not reproduce the model on these.
     """
     given = inputs.batch
 
     def varied(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.ndim == 0 or tensor.shape[0] != batch:
+        if not tensor.is_floating_point():
             return tensor
-        return torch.stack([sample.roll(number // (given or 1)) for number, sample in enumerate(tensor)]) * _DAMPING
+        if given and batch and tensor.ndim and tensor.shape[0] == batch:
+            tensor = torch.stack([sample.roll(number // given) for number, sample in enumerate(tensor)])
+        return tensor * _DAMPING
 
-    return inputs.with_batch(batch).map(varied)
+    return (inputs.with_batch(batch) if batch else inputs).map(varied)
 
 
 def _free_dimensions(example: Run, larger: Run, batch: int) -> dict[str, dict[int, str]]:

@@ -93,9 +93,11 @@ def _largest_error(job: Job, file: Path, tolerance: float) -> float:
     largest = 0.0
     for run, results in zip(job.runs, _results(job, file), strict=True):
         for name, actual in results.items():
-            error = relative_error(_array(run.outputs[name]), actual)
+            expected = _array(run.outputs[name])
+            error = relative_error(expected, actual)
             if error > tolerance:
-                what = f"ONNX Runtime gives another {name!r} than the model, of shape {list(actual.shape)}"
+                shape = f"shape {list(actual.shape)}" + ("" if actual.shape == expected.shape else f" instead of {list(expected.shape)}")
+                what = f"ONNX Runtime gives another {name!r} than the model, {shape}"
                 raise _InexactError(f"{what}: relative error {error:.2g}, above the tolerance of {tolerance:g}")
             largest = max(largest, error)
     return largest

@@ -33,13 +33,19 @@ class GuessedError(RefusedError):
     """The file holds for the recorded run, but Python looked at a tensor's value during it."""
 
 
-def cause(error: BaseException) -> str:
+def cause(error: Exception) -> str:
     """Returns the innermost cause of an error on one line."""
-    while error.__cause__ is not None and not isinstance(error, RefusedError):
+    innermost = error if isinstance(error, RefusedError) else _innermost(error)
+    text = " ".join(_ANSI.sub("", str(innermost)).split()) or "no reason given"
+    text = f"{text[:_LONGEST_CAUSE].rstrip('. ')} ..." if len(text) > _LONGEST_CAUSE else text.rstrip(".")
+    return text if isinstance(innermost, RefusedError) else f"{type(innermost).__name__}: {text}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Returns what the error was raised from in the end."""
+    while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(_ANSI.sub("", str(error)).split()) or "no reason given"
-    text = f"{text[:_LONGEST_CAUSE].rstrip()} ..." if len(text) > _LONGEST_CAUSE else text.rstrip(".")
-    return text if isinstance(error, RefusedError) else f"{type(error).__name__}: {text}"
+    return error
 
 
 def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool) -> list[str]:
@@ -56,9 +62,12 @@ def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool)
         with undisturbed(model), _plain_attention(), quiet() as caught:
             warnings.simplefilter("always" if trust else "error", TracerWarning)
             WRITERS[exporter](job, file)
-    except TracerWarning as warning:
-        frame = traceback.extract_tb(warning.__traceback__)[-1]
-        raise GuessedError(f"Python looked at a value while the run was recorded, at {_place(frame.filename, frame.lineno)}") from warning
+    except Exception as error:
+        warning = _innermost(error)
+        if not isinstance(warning, TracerWarning):
+            raise
+        frame = traceback.extract_tb(warning.__traceback__ or error.__traceback__)[-1]
+        raise GuessedError(f"Python looked at a value while the run was recorded, at {_place(frame.filename, frame.lineno)}") from error
     guesses = [warning for warning in caught if issubclass(warning.category, TracerWarning)]
     if not guesses:
         return []

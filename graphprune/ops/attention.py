@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from graphprune.ops.linear import contract
-from graphprune.ops.pointwise import broadcast
+from graphprune.ops.pointwise import broadcast, covers
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 
@@ -35,13 +35,13 @@ def attention(op: Op) -> Labels:
     if mask is not None:
         scores = Value((*op.shape[:-2], q.shape[-2], k.shape[-2]), [*batch, target, source], op.name)
         batch = broadcast(op, [scores, mask], scores.shape)[:-2]
-    op.zero = v.zero
+    op.zero = v.zero and target is None and covers(_lead(op, v), batch)
     return [*batch, target, op.dim(v, -1)]
 
 
 def _batch(op: Op, q: Value, k: Value, v: Value) -> Labels:
     """Couples batch and head dimensions; with grouped queries the key heads are repeated."""
-    lead_k = broadcast(op, [_lead(k), _lead(v)], torch.broadcast_shapes(k.shape[:-2], v.shape[:-2]))
+    lead_k = broadcast(op, [_lead(op, k), _lead(op, v)], torch.broadcast_shapes(k.shape[:-2], v.shape[:-2]))
     shape_k = list(torch.broadcast_shapes(k.shape[:-2], v.shape[:-2]))
     if op.get("enable_gqa", default=False) and q.shape[-3] != k.shape[-3]:
         times = q.shape[-3] // k.shape[-3]
@@ -51,8 +51,8 @@ def _batch(op: Op, q: Value, k: Value, v: Value) -> Labels:
             lead_k[-1] = np.repeat(lead_k[-1], times)
         shape_k[-1] *= times
     keys = Value(tuple(shape_k), list(lead_k), k.name)
-    return broadcast(op, [_lead(q), keys], op.shape[:-2])
+    return broadcast(op, [_lead(op, q), keys], op.shape[:-2])
 
 
-def _lead(value: Value) -> Value:
-    return Value(value.shape[:-2], value.labels[:-2], value.name)
+def _lead(op: Op, value: Value) -> Value:
+    return Value(value.shape[:-2], op.dims(value)[:-2], value.name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from graphprune.labels import Dim
+from graphprune.ops.pointwise import alone
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
 
 
@@ -91,7 +92,7 @@ def _channel(op: Op, x: Value, weight: Value) -> int:
 def _finish(op: Op, labels: Labels, channel: int, out: Dim, bias: Value | None) -> Labels:
     if bias is not None:
         out = op.bind(bias, 0, out)
-    op.zero = True
+    op.zero = alone(labels[: channel + 1], channel)
     return [*labels[:channel], out, *[None] * (len(labels) - channel - 1)]
 
 

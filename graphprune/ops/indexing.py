@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from graphprune.labels import Dim
+from graphprune.ops.pointwise import alone, broadcast
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 
@@ -28,16 +29,20 @@ def slice_(op: Op) -> Labels:
     if whole is None or (start, end, step) == (0, x.shape[dim], 1):
         return labels
     labels[dim] = whole[start:end:step]
-    if step == 1:
+    if step == 1 and (op["start"] or 0) >= 0 and (op["end"] or 0) >= 0:
         if op["start"] is not None:
             op.extent("start", whole[:start])
         if op["end"] is not None:
             op.extent("end", whole[:end])
     else:
-        positions = torch.arange(start, end, step)
-        op.become(torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": positions})
-        op.remap("index", whole)
+        _list(op, x, dim, torch.arange(start, end, step), whole)
     return labels
+
+
+def _list(op: Op, x: Value, dim: int, positions: torch.Tensor, whole: Dim) -> None:
+    """Says that once any of `whole` goes, the positions are listed: steps, and bounds counted from the end, shift with what follows them."""
+    op.become(torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": positions})
+    op.remap("index", whole)
 
 
 @rule(aten.narrow)
@@ -51,10 +56,13 @@ def narrow(op: Op) -> Labels:
         op.freeze(whole, LOOKED_UP)
         whole = None
     if whole is not None:
-        start %= x.shape[dim]
-        labels[dim] = whole[start : start + length]
-        op.extent("start", whole[:start])
-        op.extent("length", whole[start : start + length])
+        first = start % x.shape[dim]
+        labels[dim] = whole[first : first + length]
+        if start < 0:
+            _list(op, x, dim, torch.arange(first, first + length), whole)
+        else:
+            op.extent("start", whole[:first])
+            op.extent("length", whole[first : first + length])
     return labels
 
 
@@ -145,8 +153,6 @@ def _advanced(op: Op, labels: Labels, indices: list[Value], used: list[int]) -> 
         for labels_ in labels:
             op.freeze(labels_, "is selected by a boolean mask")
         return [None] * len(op.shape)
-    from graphprune.ops.pointwise import broadcast  # noqa: PLC0415 (families share this helper)
-
     shape = torch.broadcast_shapes(*(i.shape for i in indices))
     middle = broadcast(op, indices, tuple(shape))
     rest = [v for d, v in enumerate(labels) if d not in used]
@@ -161,8 +167,9 @@ def embedding(op: Op) -> Labels:
     weight, indices = op["weight"], op["indices"]
     op.freeze_value(weight, "is a vocabulary: its rows are looked up", keep=(1,))
     op.produce(weight, 1)
-    op.zero = True
-    return [*op.dims(indices), op.dim(weight, 1)]
+    labels = [*op.dims(indices), op.dim(weight, 1)]
+    op.zero = alone(labels, -1)
+    return labels
 
 
 @rule(aten.gather, aten.take_along_dim)

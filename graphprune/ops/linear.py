@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from graphprune.labels import Dim
-from graphprune.ops.pointwise import broadcast
+from graphprune.ops.pointwise import alone, broadcast, covers
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
 
 
@@ -23,7 +23,7 @@ def linear(op: Op) -> Labels:
     if bias is not None:
         out = op.bind(bias, -1, out) if bias.shape and bias.shape[-1] != 1 else out
     op.produce(weight, 0)
-    op.zero = weight.zero
+    op.zero = weight.zero and (alone(labels, -1) or (x.zero and bias is None))
     return [*labels[:-1], out]
 
 
@@ -39,7 +39,7 @@ def bilinear(op: Op) -> Labels:
     if bias is not None:
         out = op.bind(bias, 0, out)
     op.produce(weight, 0)
-    op.zero = True
+    op.zero = alone([*leading, out], -1)
     return [*leading, out]
 
 
@@ -54,7 +54,7 @@ def matmul(op: Op) -> Labels:
     if len(b.shape) > 1 and not rows:
         op.produce(b, len(b.shape) - 1)
     batch = op.shape[: len(op.shape) - len(rows) - len(columns)]
-    leading = broadcast(op, [_leading(a, 2), _leading(b, 2)], batch)
+    leading = broadcast(op, [_leading(op, a), _leading(op, b)], batch)
     if b.parameter:
         op.produce(b, len(b.shape) - 1)
     elif a.parameter:
@@ -74,8 +74,9 @@ def addmm(op: Op) -> Labels:
         product.labels[0] = op.equal(product.labels[0], op.dim(b, 0))
     if b.parameter:
         op.produce(b, len(b.shape) - 1)
-    op.zero = a.zero and b.zero and c.zero
-    return broadcast(op, [product, c], op.shape)
+    labels = broadcast(op, [product, c], op.shape)
+    op.zero = a.zero and b.zero and c.zero and covers(c, labels)
+    return labels
 
 
 @rule(aten.einsum)
@@ -120,6 +121,6 @@ def contract(op: Op, a: Value, dim_a: int, b: Value, dim_b: int) -> Dim:
     return labels
 
 
-def _leading(value: Value, drop: int) -> Value:
-    keep = max(len(value.shape) - drop, 0)
-    return Value(value.shape[:keep], value.labels[:keep], value.name)
+def _leading(op: Op, value: Value) -> Value:
+    """Returns the batch dimensions of a matrix; those of a parameter get their labels here, for the parameter itself must have them."""
+    return Value(value.shape[:-2], op.dims(value)[:-2], value.name)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from graphprune.ops.convolution import cut
+from graphprune.ops.pointwise import alone
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 
@@ -21,7 +22,7 @@ def per_channel(op: Op) -> Labels | list[Labels]:
         value = op[name]
         if value is not None:
             labels[1] = op.bind(value, 0, labels[1])
-    op.zero = op["weight"] is not None or x.zero
+    op.zero = (op["weight"] is not None or x.zero) and alone(labels, 1)
     return labels if len(op.outputs) == 1 else [labels, *[[labels[1]] if s == (x.shape[1],) else [None] * len(s) for s in op.outputs[1:]]]
 
 
@@ -38,7 +39,8 @@ def across(op: Op) -> Labels | list[Labels]:
                 labels[start + i] = op.bind(op[name], i, labels[start + i])
         op.statistic(labels[start + i])
         op.extent(("normalized_shape", i), labels[start + i])
-    op.zero = op["weight"] is not None or (x.zero and op.name.endswith("rms_norm"))
+    rms = op.name.endswith("rms_norm")
+    op.zero = (rms and x.zero) or (op["weight"] is not None and alone(labels, *range(start, len(labels))))
     return labels if len(op.outputs) == 1 else [labels, *[[*labels[:start], *[None] * len(normalised)] for _ in op.outputs[1:]]]
 
 
@@ -54,5 +56,7 @@ def grouped(op: Op) -> Labels | list[Labels]:
         if op[name] is not None:
             labels[1] = op.bind(op[name], 0, labels[1])
     op.extent("num_groups" if op["num_groups"] is not None else "group", blocks)
-    op.zero = op["weight"] is not None
+    if op["C"] is not None:
+        op.extent("C", labels[1])
+    op.zero = op["weight"] is not None and alone(labels, 1)
     return labels if len(op.outputs) == 1 else [labels, *[[None] * len(s) for s in op.outputs[1:]]]

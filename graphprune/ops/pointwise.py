@@ -14,11 +14,12 @@ from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
 
 
 @rule("pointwise", aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.native_dropout, aten.masked_fill, aten.fill, aten.copy,
-      aten.rrelu, aten.bernoulli)  # fmt: skip
+      aten.rrelu, aten.rrelu_with_noise, aten.bernoulli, aten.hardswish, aten.log_sigmoid_forward, aten.floor_divide, aten.rsub,
+      aten.complex, aten.polar)  # fmt: skip
 def pointwise(op: Op) -> Labels | list[Labels]:
     """Couples all tensor arguments by broadcasting; the rule of every operator that PyTorch tags as pointwise."""
     out = broadcast(op, op.values(), op.shape)
-    op.zero = keeps_zero(op)
+    op.zero = keeps_zero(op, out)
     return out if len(op.outputs) == 1 else [list(out) for _ in op.outputs]
 
 
@@ -80,22 +81,33 @@ def _meet(op: Op, meeting: list[tuple[Value, int]]) -> Dim:
     return labels
 
 
+def covers(value: Value, labels: Labels) -> bool:
+    """Returns whether a value has every dimension that may lose an index, so that it vanishes with it; a broadcast one does not."""
+    lead = len(labels) - len(value.shape)
+    return all(dim is None or (d >= lead and value.shape[d - lead] != 1) for d, dim in enumerate(labels))
+
+
+def alone(labels: Labels, *dims: int) -> bool:
+    """Returns whether no dimension but these may lose an index."""
+    listed = {d % len(labels) for d in dims}
+    return all(dim is None for d, dim in enumerate(labels) if d not in listed)
+
+
 _ZERO: dict[Any, bool] = {}
 
 
-def keeps_zero(op: Op) -> bool:
+def keeps_zero(op: Op, labels: Labels) -> bool:
     """Returns whether the output is zero where those arguments are that are zero on removed channels (found by trying it)."""
-    key = (op.target, tuple((k, v.zero if isinstance(v, Value) else repr(v)) for k, v in op.arguments.items()))
+    zero = {k: v.zero and covers(v, labels) for k, v in op.arguments.items() if isinstance(v, Value)}
+    key = (op.target, tuple((k, zero.get(k, repr(v))) for k, v in op.arguments.items()))
     if key not in _ZERO:
-        _ZERO[key] = _try_zero(op)
+        _ZERO[key] = any(zero.values()) and _try_zero(op, zero)
     return _ZERO[key]
 
 
-def _try_zero(op: Op) -> bool:
-    if all(v.zero for v in op.values()) is False and not any(v.zero for v in op.values()):
-        return False
+def _try_zero(op: Op, zero: dict[str, bool]) -> bool:
     arguments: dict[str, Any] = {
-        k: (torch.zeros(1) if v.zero else torch.full((1,), 0.7)) if isinstance(v, Value) else v for k, v in op.arguments.items()
+        k: (torch.zeros(1) if zero[k] else torch.full((1,), 0.7)) if k in zero else v for k, v in op.arguments.items()
     }
     for name in ("dtype", "layout", "device", "memory_format", "pin_memory"):
         arguments.pop(name, None)

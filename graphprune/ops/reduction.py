@@ -76,7 +76,7 @@ def order(op: Op) -> Labels | list[Labels]:
     return labels if len(op.outputs) == 1 else [list(labels) for _ in op.outputs]
 
 
-@rule(aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax)
+@rule(aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax, aten._safe_softmax)
 def softmax(op: Op) -> Labels:
     """Normalised across a dimension: a statistic across it."""
     labels = op.dims(op["self"])

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 
-from graphprune.labels import FROZEN, Dim, Ids, LabelTable
+from graphprune.labels import Dim, Ids, LabelTable
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -58,8 +57,15 @@ def rule_for(target: OpOverload) -> Rule | None:
     if found is None and torch.Tag.pointwise in target.tags:
         return RULES["pointwise"]
     if found is None and name.endswith("_"):
-        return RULES.get(name[:-1])
+        return RULES.get(name[:-1]) or (RULES["pointwise"] if _is_pointwise(name[:-1]) else None)
     return found
+
+
+def _is_pointwise(name: str) -> bool:
+    """Returns whether an operator is tagged as pointwise (some in-place forms lack the tag that their out-of-place form has)."""
+    namespace, _, operator = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), operator, None)
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 class _Unbound:
@@ -278,10 +284,3 @@ class Op:
         for i, size in enumerate(sizes):
             if size != -1:
                 self.extent((argument, i + offset), labels[i])
-
-
-def live(labels: Dim, table: LabelTable) -> Dim:
-    """Returns None in place of labels that are frozen throughout."""
-    if labels is None or not (np.asarray(table.canonical(labels)) != FROZEN).any():
-        return None
-    return labels

@@ -78,6 +78,20 @@ def permute(op: Op) -> Labels:
     return [labels[d] for d in op["dims"]]
 
 
+@rule(aten.view_as_real)
+def view_as_real(op: Op) -> Labels:
+    """`view_as_real(x)`: a new last dimension of (real, imaginary)."""
+    return [*op.dims(op["self"]), None]
+
+
+@rule(aten.view_as_complex)
+def view_as_complex(op: Op) -> Labels:
+    """`view_as_complex(x)`: the last dimension of (real, imaginary) stays."""
+    labels = op.dims(op["self"])
+    op.freeze(labels[-1], "is real and imaginary part")
+    return labels[:-1]
+
+
 @rule(aten.transpose, aten.swapaxes, aten.swapdims)
 def transpose(op: Op) -> Labels:
     """`transpose(x, a, b)`."""
@@ -125,6 +139,7 @@ def expand(op: Op) -> Labels:
         out.append(op.dim(x, d) if size == op.shape[d + added] else None)
     other = op["other"]
     if other is not None:
+        op.zero = x.zero and x.shape == op.shape
         from graphprune.ops.pointwise import broadcast  # noqa: PLC0415 (families share this helper)
 
         return broadcast(op, [Value(op.shape, [v if v is not None or s != 1 else None for v, s in zip(out, op.shape, strict=True)],

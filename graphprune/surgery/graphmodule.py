@@ -14,8 +14,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.groups import gather
-from graphprune.labelling import label
+from graphprune.groups import analyse, gather
 from graphprune.surgery.rewriting import Call, Removal, rewrite
 from graphprune.tracing import record
 
@@ -75,7 +74,7 @@ def _at_another_batch(model: nn.Module, removal: Removal, masks: Masks) -> tuple
         program = record(model, inputs.with_batch(batch + 1))
     except GraphPruneError as error:
         return None, f"it runs only at batch {batch}: another batch size fails ({error.what})"
-    analysis = label(program)
+    analysis = analyse(model, program)
     same = [n.target for n in program.graph.nodes if n.op == "call_function"]
     if same != [n.target for n in removal.analysis.program.graph.nodes if n.op == "call_function"]:
         return None, f"it runs only at batch {batch}: the model runs other operators at batch {batch + 1}"

@@ -16,7 +16,9 @@ from graphprune.errors import GraphPruneError, InputError, VerificationError
 from graphprune.groups import trace
 from graphprune.inputs import undisturbed
 from graphprune.masks import Masks, checked_tensors
+from graphprune.recipes.record import Before, remember
 from graphprune.surgery.attributes import explained, set_attributes
+from graphprune.surgery.discovery import apply, discover
 from graphprune.surgery.graphmodule import rewritten
 from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
@@ -60,7 +62,9 @@ def speedup(
         VerificationError: the result does not compute what the masked model computes; the first operator that differs is named.
     """
     surgeon = _Surgeon(model, _fitting(model, masks, example_inputs), verify=verify, inplace=inplace)
+    before = Before.of(model)
     small, kind, reason, check = surgeon.operate(result)
+    remember(small, before, kind, surgeon.masks)
     return small, surgeon.report(small, kind, reason, check, plan or Plan())
 
 
@@ -128,6 +132,7 @@ class _Surgeon:
         """Returns the model's own class shrunk, or None and why it cannot be kept."""
         start = time.perf_counter()
         simple = explained(self.removal, self.graph.engine.program.modules)
+        found = {} if simple else discover(self.model, self.removal)
         old: dict[str, torch.Tensor] = {}
         saved = [(m, dict(vars(m))) for m in self.model.modules()] if self.inplace else []
         if self.inplace:
@@ -136,6 +141,8 @@ class _Surgeon:
         else:
             small = shrunk_copy(self.model, self.tensors, self.positions)
         set_attributes(small, self.removal)
+        if found:
+            apply(small, found)
         self.seconds["shrink"] += time.perf_counter() - start
         try:
             check = self._check(small, reference) if reference is not None else None

@@ -1,0 +1,110 @@
+"""Operators that pick indices: bounds and constant tables are rewritten, positions that are computed or named one by one freeze."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tests.support.operators import Case, check, conv, sequences, table, words
+
+A = "a.bias/0 a.weight/0"
+
+
+def pick(take: Any, width: int, groups: list[str], name: str, **options: Any) -> Case:
+    """Returns a case in which `take` picks some of the 8 channels of a convolution; another one sees them all."""
+    parts = {"a": conv(3, 8), "b": conv(width, 4), "c": conv(8, 4), **options.pop("extra", {})}
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(m.a(x))
+        out: torch.Tensor = m.b(take(m, x)) + m.c(x)
+        return out
+
+    return Case(name, run, parts, groups, **options)
+
+
+def parted(name: str, first: int, run: Any, groups: list[str], **options: Any) -> Case:
+    """Returns a case in which `run` works with the 8 channels of a convolution, `first` of which go into the layer b, the rest into c."""
+    parts = {"a": conv(3, 8), "b": conv(first, 4), "c": conv(8 - first, 4), **options.pop("extra", {})}
+    return Case(name, lambda m, x: run(m, torch.relu(m.a(x))), parts, groups, **options)
+
+
+def halves(first: int) -> list[str]:
+    """Returns the groups of a cut into two pieces that go separate ways."""
+    return [f"{first} exact: {A} b.weight/1", f"{8 - first} exact: {A} c.weight/1"]
+
+
+def write(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Returns x, with values written over some positions."""
+    return x.index_copy(1, torch.tensor([0, 1]), x[:, 2:4])
+
+
+INNER = [f"4 exact: {A} b.weight/1 c.weight/1", f"4 exact: {A} c.weight/1"]
+STAYS = "position"
+
+CASES = [
+    pick(lambda _, x: x[:, 2:6], 4, INNER, "slice"),
+    pick(lambda _, x: x[:, -6:-2], 4, INNER, "slice from the end"),
+    pick(lambda _, x: x[:, :4], 4, INNER, "slice head"),
+    pick(lambda _, x: x[:, 4:], 4, INNER, "slice tail"),
+    pick(lambda _, x: x[:, ::2], 4, INNER, "slice with a step", kind="graph"),
+    pick(lambda _, x: x[:, 1:7:3], 2, [f"2 exact: {A} b.weight/1 c.weight/1", f"6 exact: {A} c.weight/1"], "slice with bounds and a step"),
+    pick(lambda _, x: x[:, -7:-1:2], 3, [f"3 exact: {A} b.weight/1 c.weight/1", f"5 exact: {A} c.weight/1"], "step from the end"),
+    pick(lambda _, x: functional.pad(x[..., 1:5], (1, 1)), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "slice of space", kind="module"),
+    pick(lambda _, x: x.narrow(1, 2, 4), 4, INNER, "narrow"),
+    pick(lambda _, x: x.narrow(1, -5, 4), 4, INNER, "narrow from the end"),
+    pick(lambda _, x: x[:, 5].unsqueeze(1), 1, [], "select", frozen={"a.weight/0": "position picked by a literal (aten::select)"}),
+    pick(lambda _, x: x[:, :, 0:1].expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "slice of rows"),
+    pick(lambda _, x: x[:, :, 2].unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "select of space"),
+    pick(lambda _, x: x.unbind(1)[3].unsqueeze(1), 1, [], "unbind", frozen={"a.weight/0": "taken apart position by position (aten::unbind)"}),
+    pick(lambda _, x: sum(x.unbind(2)).unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "unbind of space"),
+    parted("chunk", 4, lambda m, x: m.b(x.chunk(2, 1)[0]) + m.c(x.chunk(2, 1)[1]), halves(4)),
+    parted("chunk of unequal pieces", 3, lambda m, x: m.b(x.chunk(3, 1)[0]) + m.c(torch.cat(x.chunk(3, 1)[1:], 1)),
+           [f"3 exact: {A} b.weight/1", f"3 exact: {A} c.weight/1", f"2 exact: {A} c.weight/1"]),
+    parted("chunk along a negative dimension", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*x.chunk(2, -3)), halves(4)),
+    parted("split", 3, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*x.split([3, 5], 1)), halves(3), kind="graph"),
+    parted("split into equal pieces", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*x.split(4, 1)), halves(4)),
+    parted("tensor_split", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.tensor_split(x, 2, 1)), halves(4)),
+    parted("tensor_split at places", 3, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.tensor_split(x, [3], 1)), halves(3)),
+    parted("unsafe_split", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.unsafe_split(x, 4, 1)), halves(4)),
+    parted("unsafe_chunk", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.unsafe_chunk(x, 2, 1)), halves(4)),
+    parted("chunk, swap, cat", 4, lambda m, x: m.d(torch.cat(x.chunk(2, 1)[::-1], 1)) + m.b(x[:, 4:]),
+           [f"4 exact: {A} d.weight/1", f"4 exact: {A} b.weight/1 d.weight/1"], extra={"d": conv(8, 4), "c": nn.Identity()}),
+    pick(lambda m, x: x.index_select(1, m.table), 4, INNER, "index_select with a buffer", extra={"table": torch.tensor([6, 1, 3, 4])}),
+    pick(lambda m, x: x.index_select(-3, m.table), 4, INNER, "index_select, negative dimension", extra={"table": torch.tensor([6, 1, 3, 4])}),
+    pick(lambda _, x: x[:, [6, 1, 3, -4]], 4, INNER, "list of positions", kind="graph"),
+    pick(lambda _, x: x[:, [6, 1, 6, 1]], 4, [f"2 exact: {A} b.weight/1*2 c.weight/1", f"6 exact: {A} c.weight/1"], "repeated positions"),
+    pick(lambda m, x: x[:, m.table], 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "permutation by a buffer",
+         extra={"table": torch.tensor([3, 1, 0, 2, 7, 5, 6, 4])}, kind="graph"),
+    pick(lambda _, x: x[:, [True, False] * 4], 4, [], "mask of positions", frozen={"a.weight/0": "looked up by position computed at run time (aten::index)"}),
+    pick(lambda _, x: x[:, x.mean((0, 2, 3)).argsort()], 8, [], "computed positions", frozen={"a.weight/0": "("}),
+    pick(lambda _, x: x[:, [0, 1], [2, 3]].unsqueeze(3).expand(-1, -1, -1, 6), 2, [], "two lists", frozen={"a.weight/0": "looked up by position (aten::index)"}),
+    pick(lambda _, x: x[:, :, [5, 4, 3, 2, 1, 0]], 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "list of rows", kind="module"),
+    Case("embedding", lambda m, x: m.b(torch.relu(m.e(x))), {"e": nn.Embedding(11, 8), "b": nn.Linear(8, 4)},
+         ["8 exact: b.weight/1 e.weight/1"], {"e.weight/0": "aten::embedding in e"}, inputs=words, kind="module"),
+    Case("embedding of computed positions", lambda m, x: m.b(torch.relu(m.e(x.long().abs() % 11))).mean(2),
+         {"e": nn.Embedding(11, 8), "b": nn.Linear(8, 4)}, ["8 exact: b.weight/1 e.weight/1"], inputs=sequences, kind="module"),
+    Case("table of positions", lambda m, x: m.b(torch.relu(m.a(x) + m.p[m.i])), {"a": nn.Linear(4, 8), "b": nn.Linear(8, 4),
+         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])}, [f"8 exact: {A} b.weight/1 p/1", "5 exact: p/0"], inputs=sequences, kind="module"),
+    pick(lambda m, x: x.gather(1, m.table.expand(x.shape[0], 2, 6, 6)), 2, [], "gather", extra={"table": torch.tensor([[[[1]], [[3]]]])},
+         frozen={"a.weight/0": "looked up by position (aten::gather)"}),
+    pick(lambda _, x: x.gather(3, torch.arange(6).flip(0).expand(x.shape)), 8, [], "gather in space"),
+    pick(lambda _, x: torch.take_along_dim(x, torch.tensor([1, 2]).view(1, 2, 1, 1), 1), 2, [], "take_along_dim",
+         frozen={"a.weight/0": "looked up by position (aten::take_along_dim)"}),
+    pick(write, 8, [], "written by position", frozen={"a.weight/0": "written by position (aten::index_copy)"}),
+    pick(lambda _, x: x.roll(3, 1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "roll"),
+    pick(lambda _, x: x.roll((-2, 1), (-3, 3)), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "roll of channels and space"),
+    pick(lambda _, x: x.roll(5), 8, [], "roll of everything", frozen={"a.weight/0": "rolls the flattened tensor"},
+         unknown=[("aten::roll", "", 8)]),
+    pick(lambda _, x: x.flip(1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "flip", kind="module"),
+    pick(lambda _, x: x.flip((-1, -3)), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "flip of channels and space", kind="module"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_indexing(case: Case) -> None:
+    """Groups are what the formula of the operator says, and removal is exact."""
+    check(case)
