@@ -20,9 +20,11 @@ from graphprune.errors import (
 from graphprune.export import ExportReport, export_onnx
 from graphprune.graph import DependencyGraph, Frozen, Group, Slice
 from graphprune.groups import trace
+from graphprune.latency import LatencyReport, measure_latency
 from graphprune.masks import Masks
 from graphprune.pruners import L1NormPruner, Pruner
 from graphprune.pruning import prune
+from graphprune.recipes import Recipe, load, save
 from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
 
@@ -43,16 +45,21 @@ __all__ = [
     "InputError",
     "L1NormPruner",
     "MaskError",
+    "LatencyReport",
     "Masks",
     "Pruner",
+    "Recipe",
     "Slice",
     "SpeedupReport",
     "TraceError",
     "VerificationError",
     "count",
     "export_onnx",
+    "load",
+    "measure_latency",
     "prune",
     "recalibrate",
+    "save",
     "speedup",
     "trace",
 ]

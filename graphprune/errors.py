@@ -15,13 +15,13 @@ class GraphPruneError(Exception):
 
     Args:
         what: what is wrong and where, as a sentence without its final period.
-        fix: what to do about it, as an imperative sentence without its final period.
+        fix: what to do about it, as an imperative sentence without its final period, or a question (see `nearest`).
     """
 
     def __init__(self, what: str, fix: str = "") -> None:
         self.what = what
         self.fix = fix
-        super().__init__(f"{what}. {fix}." if fix else f"{what}.")
+        super().__init__(f"{what}; {fix}" if fix.endswith("?") else f"{what}. {fix}." if fix else f"{what}.")
 
 
 class InputError(GraphPruneError):

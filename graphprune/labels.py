@@ -63,7 +63,7 @@ class LabelTable:
         """Returns the label of each row of causes: nothing, an atom, or a new product."""
         rows = _compact(rows)
         count = (rows != FROZEN).sum(axis=1)
-        out = rows[:, 0].copy()
+        out: Ids = rows[:, 0].copy()
         several = np.flatnonzero(count > 1)
         if several.size:
             ids = self.fresh(several.size)
@@ -156,11 +156,12 @@ class LabelTable:
     def removed(self, ids: Ids, causes: Flags) -> Flags:
         """Returns which indices go when the causes flagged in `causes` (a boolean array over cause ids) go."""
         roots = self._find(ids)
-        out: Any = causes[roots]
+        out: Flags = causes[roots]
         products = np.flatnonzero(self._product[roots])
         if products.size:
             unique, back = np.unique(roots[products], return_inverse=True)
-            out[products] = causes[self._causes(unique)].any(axis=1)[back]
+            gone: Flags = causes[self._causes(unique)].any(axis=1)
+            out[products] = gone[back]
         return out
 
     @property
@@ -358,7 +359,7 @@ def _compact(rows: Ids) -> Ids:
 
 def _mixed(ids: Ids) -> Hashes:
     """Returns a well-spread 64-bit number per id, 0 for 0 (the finaliser of splitmix64, Steele et al. 2014)."""
-    x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x: Hashes = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)

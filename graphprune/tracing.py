@@ -91,7 +91,7 @@ def record(
             raise
         except Exception as error:
             shapes = ", ".join(str(tuple(t.shape)) for t in inputs.tensors())
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            first = " ".join(str(error).split())
             where = f" in {recorder.stack[-1]!r}" if recorder.stack and recorder.stack[-1] else ""
             message = f"{type(model).__name__} cannot run on example inputs of shape {shapes}: {type(error).__name__}{where}: {first}"
             raise InputError(message.rstrip("."), "Pass inputs that model(...) accepts") from error

@@ -200,7 +200,7 @@ def first_difference(small: nn.Module, inputs: Inputs, removal: Removal, masks: 
     wanted: list[tuple[fx.Node, torch.Tensor]] = []
     masked_outputs(removal, masks, lambda n, v: wanted.append((n, v.clone())) if isinstance(v, torch.Tensor) else None)
     found: list[tuple[fx.Node, torch.Tensor]] = []
-    record(small, inputs, lambda n, v: found.append((n, v.clone())))
+    record(small, inputs, on_value=lambda n, v: found.append((n, v.clone())))
     for (node, full), (other, actual) in zip(wanted, found, strict=False):
         place = f"{_name(node)} in {node.meta['module'] or 'the model itself'}"
         if node.target != other.target:

@@ -181,7 +181,7 @@ class _Watch(TorchFunctionMode):
     """Knows the integers that the torch function now running was called with."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.integers: list[int] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -163,7 +163,7 @@ class _Surgeon:
         where = self._where(small, check)
         if simple:
             require(check, where)
-        return f"the forward of {type(small).__name__} has sizes of its own: it departs from the masked model at {where}"
+        return f"{type(small).__name__}.forward has sizes of its own, so its class cannot be kept: {where}"
 
     def _runs(self, small: nn.Module) -> bool:
         try:
