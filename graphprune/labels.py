@@ -160,8 +160,7 @@ class LabelTable:
         products = np.flatnonzero(self._product[roots])
         if products.size:
             unique, back = np.unique(roots[products], return_inverse=True)
-            gone: Flags = causes[self._causes(unique)].any(axis=1)
-            out[products] = gone[back]
+            out[products] = causes[self._causes(unique)].max(axis=1)[back]
         return out
 
     @property

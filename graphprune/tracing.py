@@ -152,7 +152,7 @@ class _Recorder(TorchDispatchMode):
         args, kwargs = self.inputs.args, self.inputs.kwargs
         names = _argument_names(self.model, len(args), list(kwargs))
         for name, value in zip(names, [*args, *kwargs.values()], strict=True):
-            literal = not any(isinstance(v, torch.Tensor) for v in _leaves(value))
+            literal = isinstance(value, (int, float, bool, str, type(None)))
             node = self.graph.placeholder(name, default_value=value) if literal else self.graph.placeholder(name)
             node.meta.update(module="", shapes=[])
             self._bind(node, value)
@@ -195,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         return value if isinstance(value, (int, float, bool, str, torch.dtype, torch.device)) else None
 
     def _wrapped(self, kind: Any, items: dict[str, Any]) -> fx.Node:
-        node = self.graph.call_function(_rebuild, (kind, items))
+        node = self.graph.call_function(kind, (), items)
         node.meta.update(module="", shapes=[])
         return node
 
@@ -310,11 +310,6 @@ class _Recorder(TorchDispatchMode):
         parameters = {n for n in self.parameters if n in used}
         constants = {n: t for n, t in self.constants.items() if n in self._used}
         return Program(self.graph, used, parameters, constants, self.aliases, self.modules, self.inputs, unused, list(self.ran))
-
-
-def _rebuild(kind: type, items: dict[str, Any]) -> Any:
-    """Makes a structured output again (a named tuple, a dataclass, a dict subclass)."""
-    return kind(**items)
 
 
 def _leaves(value: object) -> Iterator[object]:

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from graphprune.errors import ConfigError, ExportError, FileError, GraphPruneError, InputError
 from graphprune.export import export_onnx, writers
+from graphprune.export.job import jobs
 from graphprune.export.proof import relative_error
+from graphprune.inputs import normalise
 from tests.support.untouched import changes, snapshot
 
 EXPORTERS = ("torchscript", "dynamo")
@@ -287,12 +289,23 @@ def test_inputs_without_batch_dimension(tmp_path: Path) -> None:
 
 def test_fused_attention_is_avoided(tmp_path: Path) -> None:
     """Attention that takes an operator unknown to ONNX in inference is exported by the recording; PyTorch's switch is put back."""
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    x = torch.randn(2, 5, 8)
-    report = export_onnx(attention, (x, x, x), tmp_path / "net.onnx", exporter="torchscript")
+    model = Function(lambda own, x: own.attention(x, x, x, need_weights=False)[0])
+    model.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    report = export_onnx(model, torch.randn(2, 5, 8), tmp_path / "net.onnx", exporter="torchscript")
     assert report.dynamic_batch
-    assert report.outputs == ("output_0", "output_1")
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_single_sample_is_recorded_as_two() -> None:
+    """A batch of 1 would be taken for a constant: the job has two samples to record, and one and three to compare."""
+    x = torch.randn(1, 3, 8, 8)
+    dynamic, fixed = jobs(convolutional(), normalise(x), [], opset=None, check=True, dynamic_batch=True)
+    assert [len(tensor) for tensor in dynamic.inputs.values()] == [2]
+    assert [len(run.inputs["input"]) for run in dynamic.runs] == [1, 3]
+    assert [len(run.inputs["input"]) for run in fixed.runs] == [1, 1]
+    assert dynamic.free == {"input": {0: "batch"}, "output": {0: "batch"}}
+    samples = dynamic.runs[1].inputs["input"]
+    assert len({tuple(sample.flatten().tolist()) for sample in samples}) == 3, "equal samples could stand in for each other"
 
 
 @pytest.mark.parametrize(
@@ -355,6 +368,7 @@ def test_unchecked_file_comes_from_the_exporter_that_cannot_bake_values(tmp_path
     model = Function(lambda _, x: F.dropout(x, 0.5, training=True))
     report = export_onnx(model, torch.randn(2, 8), tmp_path / "net.onnx", check=False)
     assert (report.error, report.exporter, report.dynamic_batch) == (None, "dynamo", True)
+    assert compute(report.path, torch.ones(3, 8))[0].shape == (3, 8)
 
 
 def test_missing_operator_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -386,8 +400,8 @@ def test_type_that_the_runtime_lacks_is_explained(tmp_path: Path) -> None:
     assert export_onnx(model, x, tmp_path / "net.onnx", exporter="torchscript", check=False).bytes > 0
 
 
-def test_opset_is_kept_or_refused(tmp_path: Path) -> None:
-    """The operator set that is asked for is the one in the file; one that cannot be is an error."""
+def test_opset_is_kept_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator set that is asked for is the one in the file; one that cannot be, or that an exporter ignores, is an error."""
     model, x = convolutional(), torch.randn(2, 3, 8, 8)
     assert export_onnx(model, x, tmp_path / "net.onnx", opset=13).opset == 13
     assert onnx.load(tmp_path / "net.onnx").opset_import[0].version == 13
@@ -395,6 +409,10 @@ def test_opset_is_kept_or_refused(tmp_path: Path) -> None:
         error = refused(tmp_path / "net.onnx", model, x, opset=opset)
         assert isinstance(error, ConfigError)
         assert f"opset {opset} is not between" in error.what
+    whole = writers.WRITERS["torchscript"]
+    monkeypatch.setitem(writers.WRITERS, "torchscript", lambda job, file: whole(dataclasses.replace(job, opset=18), file))
+    error = refused(tmp_path / "net.onnx", model, x, opset=17, exporter="torchscript")
+    assert error.what.endswith("opset 18 was written where 17 was asked for")
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)

@@ -28,7 +28,7 @@ SPARSITIES = st.integers(1, 64).flatmap(lambda d: st.integers(0, d - 1).map(lamb
 
 @given(st.integers(1, 2048), SPARSITIES)
 def test_floor_keeps_and_ceil_removes_whole_channels(channels: int, sparsity: Fraction) -> None:
-    """ "floor" keeps floor(n (1 - s)), "ceil" removes floor(n s); neither keeps less than one, whatever float the fraction becomes."""
+    """Rounding "floor" keeps floor(n (1 - s)), "ceil" removes floor(n s); neither keeps less than one, whatever float s becomes."""
     assert kept_count(channels, float(sparsity), "floor") == max(math.floor(channels * (1 - sparsity)), 1)
     assert kept_count(channels, float(sparsity), "ceil") == channels - math.floor(channels * sparsity)
 
@@ -176,7 +176,7 @@ def test_a_head_scores_all_its_rows_in_queries_keys_and_values() -> None:
 def attention() -> nn.Module:
     """Returns attention of four heads of width three, between separate projections."""
 
-    def run(net: Network, x: torch.Tensor) -> torch.Tensor:
+    def run(net: Any, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (layer(x).unflatten(-1, (4, 3)).transpose(1, 2) for layer in (net.query, net.key, net.value))
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         logits: torch.Tensor = net.out(attended.transpose(1, 2).flatten(2))
@@ -229,14 +229,14 @@ def kept_and_notes(model: nn.Module, config: Sequence[Mapping[str, Any]], inputs
 def test_the_smallest_sparsity_among_producers_wins() -> None:
     """Layers that share channels lose what the most careful of them asks for, and the note names it."""
     model, inputs = residual()
-    config = [{"sparsity": 0.5}, {"sparsity": 0.2, "op_names": ["outer"]}]
+    config: list[dict[str, Any]] = [{"sparsity": 0.5}, {"sparsity": 0.2, "op_names": ["outer"]}]
     assert kept_and_notes(model, config, inputs) == {"stem": (4, "outer asks for least"), "inner": (2, "")}
 
 
 def test_an_excluded_producer_keeps_its_group_whole() -> None:
     """Excluding one layer keeps all channels that it shares, and the note says so."""
     model, inputs = residual()
-    config = [{"sparsity": 0.5}, {"exclude": True, "op_names": ["outer"]}]
+    config: list[dict[str, Any]] = [{"sparsity": 0.5}, {"exclude": True, "op_names": ["outer"]}]
     assert kept_and_notes(model, config, inputs) == {"stem": (6, "outer is excluded"), "inner": (2, "")}
     _, report = gp.prune(model, inputs, sparsity=0.5, exclude=["outer"])
     assert [(group.kept, group.note) for group in report.groups] == [(6, "outer is excluded"), (2, "")]
@@ -252,7 +252,7 @@ def test_an_unmentioned_producer_keeps_its_group_whole() -> None:
 def test_the_last_match_wins() -> None:
     """A later entry overrides an earlier one, also an exclusion."""
     model = chain()
-    config = [{"exclude": True, "op_names": ["first", "second"]}, {"sparsity": 0.25, "op_types": ["Conv2d"]}]
+    config: list[dict[str, Any]] = [{"exclude": True, "op_names": ["first", "second"]}, {"sparsity": 0.25, "op_types": ["Conv2d"]}]
     assert kept_and_notes(model, config, images(2)) == {"first": (6, ""), "second": (4, "")}
     assert kept_and_notes(model, [*config, {"sparsity": 0.75, "op_partial_names": ["sec"]}], images(2))["second"] == (1, "")
 

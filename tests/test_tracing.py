@@ -84,7 +84,7 @@ def test_a_model_is_left_as_it_was(use: str) -> None:
     model, inputs = Messy().double(), images(2)
     model(inputs).sum().backward()
     model.norm.eval()
-    model.a.weight.requires_grad_(False)  # noqa: FBT003 (the signature is PyTorch's)
+    model.a.weight.requires_grad_(False)
     del model.extra
     model.cache.clear()
     before, state = snapshot(model), OrderedDict((k, v.clone()) for k, v in model.state_dict().items())
@@ -244,7 +244,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_outputs_in_every_form(form: str, result: Any) -> None:
     """Whatever structure holds the outputs, both heads are frozen, and either kind of result returns the same structure."""
 
-    def run(net: Network, x: Tensor) -> object:
+    def run(net: Any, x: Tensor) -> object:
         hidden = torch.relu(net.a(x))
         return OUTPUTS[form](net.b(hidden), net.c(hidden))
 
@@ -287,12 +287,12 @@ def test_tied_parameters_are_one_tensor() -> None:
 def test_parameters_used_outside_modules() -> None:
     """A scale, a position table and a weight that the model itself owns follow the channels that they meet."""
 
-    def run(net: Network, x: Tensor) -> Tensor:
+    def run(net: Any, x: Tensor) -> Tensor:
         hidden = functional.linear(x, net.weight) * net.scale + net.positions
         logits: Tensor = net.head(torch.tanh(hidden))
         return logits
 
-    parts = {"weight": table(8, 4), "scale": table(8), "positions": table(5, 8), "head": nn.Linear(8, 3)}
+    parts: dict[str, nn.Module | Tensor] = {"weight": table(8, 4), "scale": table(8), "positions": table(5, 8), "head": nn.Linear(8, 3)}
     model = filled(Network(run, parts))
     small = assert_prunes(model, sequences(2), "8 exact: head.weight/1 positions/1 scale/0 weight/0")
     assert [tuple(small.get_parameter(n).shape) for n in ("weight", "scale", "positions")] == [(4, 4), (4,), (5, 4)]
@@ -354,6 +354,18 @@ def test_parameters_taken_by_their_data(way: str) -> None:
     assert_prunes(model, vectors(2), "8 exact: head.weight/1 weight/0")
 
 
+def test_layers_that_scale_their_weight_before_they_use_it() -> None:
+    """A layer whose weight is computed from its parameter (scaled, standardised) still produces its channels, and is pruned."""
+
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.conv2d(x, self.weight * 0.7, self.bias, padding=1)
+
+    model = filled(nn.Sequential(Scaled(3, 8, 3), nn.ReLU(), Scaled(8, 2, 3)))
+    small = assert_prunes(model, X, "8 exact: 0.bias/0 0.weight/0 2.weight/1")
+    assert small.get_submodule("0").out_channels == 4
+
+
 def test_a_view_of_a_weight_made_beforehand_is_refused() -> None:
     """A view that was stored before forward cannot be followed: the error says which weight, who reads it, and what to do."""
     model = filled(Network(lambda net, x: net.head(x @ net.plain["view"]), {"weight": table(8, 4), "head": nn.Linear(8, 3)}))
@@ -386,7 +398,7 @@ def test_a_parametrised_weight_is_frozen_or_followed() -> None:
 # -- control flow, aliases and calls -------------------------------------------------------------------------------------------------
 
 
-def in_place(net: Network, x: Tensor) -> Tensor:
+def in_place(net: Any, x: Tensor) -> Tensor:
     """Uses every kind of in-place operator between two convolutions."""
     hidden = net.a(x)
     hidden.relu_()
@@ -425,7 +437,7 @@ def test_a_module_under_two_names() -> None:
 def test_control_flow_on_values() -> None:
     """Loops and branches on the values of tensors are followed as they ran."""
 
-    def run(net: Network, x: Tensor) -> Tensor:
+    def run(net: Any, x: Tensor) -> Tensor:
         hidden = net.a(x)
         for _ in range(2):
             if x.abs().max() > 0:
@@ -444,7 +456,7 @@ def test_operators_keep_their_place_after_a_caught_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError(f"cannot take {x.ndim} dimensions")
 
-    def run(net: Network, x: Tensor) -> Tensor:
+    def run(net: Any, x: Tensor) -> Tensor:
         try:
             hidden = net.failing(x)
         except RuntimeError:
@@ -539,9 +551,9 @@ def test_explain_names_the_statistic_of_a_changed_group() -> None:
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     """A misspelt layer or group raises one error that suggests the right name."""
     graph = gp.trace(*residual())
-    with pytest.raises(gp.ConfigError, match="no layer called 'outre'.*did you mean 'outer'"):
+    with pytest.raises(gp.ConfigError, match=r"no layer called 'outre'.*did you mean 'outer'"):
         graph.explain("outre")
-    with pytest.raises(gp.ConfigError, match="no group is called 'stm'.*did you mean 'stem'"):
+    with pytest.raises(gp.ConfigError, match=r"no group is called 'stm'.*did you mean 'stem'"):
         graph["stm"]
 
 
@@ -565,7 +577,7 @@ def test_the_layer_graph_of_networkx() -> None:
         ("stem", "stem_norm"), ("stem_norm", "inner"), ("inner", "inner_norm"), ("inner_norm", "outer"), ("outer", "outer_norm"),
         ("outer_norm", "head"), ("stem_norm", "head")}  # fmt: skip
     assert graph.edges["stem_norm", "inner"] == {"operator": "aten::conv2d"}
-    assert list(nx.topological_sort(graph))[0] == "stem"
+    assert next(iter(nx.topological_sort(graph))) == "stem"
 
 
 def test_reachable_is_the_share_of_elements_in_some_slice() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ SETS: Final = {
     "resnet34": resnet_sets((3, 4, 6, 3), "conv2", ("conv1",), 2),
     "wide_resnet50_2": resnet_sets((3, 4, 6, 3), "conv3", (), 1),
     "mobilenet_v2": mobilenet_sets(),
-    **dict.fromkeys(["alexnet", "vgg11", "vgg11_bn", "vgg13", "vgg19", "squeezenet1_1"], set[frozenset[str]]()),
+    **{name: set[frozenset[str]]() for name in ("alexnet", "vgg11", "vgg11_bn", "vgg13", "vgg19", "squeezenet1_1")},
 }
 
 
@@ -155,7 +155,7 @@ def four_convs() -> dict[str, nn.Module]:
 def test_concatenated_batches_depend_on_each_other() -> None:
     """Joining along the batch and adding puts all four producers into one group."""
 
-    def run(net: Network, x: torch.Tensor) -> torch.Tensor:
+    def run(net: Any, x: torch.Tensor) -> torch.Tensor:
         joined = torch.cat([net.c1(x), net.c2(x)]) + torch.cat([net.c3(x), net.c4(x)])
         logits: torch.Tensor = net.head(joined.mean((2, 3)))
         return logits

@@ -1,8 +1,8 @@
 """Convolutions, plain, grouped, depthwise and transposed.
 
-    out[n, o] = sum_i  w[o, i] * x[n, i]             labels: x dim 1 = w dim 1, out dim 1 = w dim 0
-    grouped:  C -> (G, C/G),  O -> (G, O/G)          labels: the G of both meet, w dim 1 is the C/G
-    transposed: w is (C, O/G, ...)                   labels: x dim 1 = w dim 0
+out[n, o] = sum_i  w[o, i] * x[n, i]             labels: x dim 1 = w dim 1, out dim 1 = w dim 0
+grouped:  C -> (G, C/G),  O -> (G, O/G)          labels: the G of both meet, w dim 1 is the C/G
+transposed: w is (C, O/G, ...)                   labels: x dim 1 = w dim 0
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from graphprune.labels import Dim
 from graphprune.ops.pointwise import alone
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
-
 
 MOVES_IN_SPACE = "is a spatial dimension of a convolution"
 KERNEL = "is a kernel position"

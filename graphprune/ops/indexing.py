@@ -1,8 +1,8 @@
 """Operators that pick indices: literal bounds and constant index tables can be rewritten, anything else freezes what it looks along.
 
-    x[:, a:b]        labels[a:b];  a becomes the number of survivors before a, b that before b
-    x[:, table]      labels[table];  the table is renumbered
-    x[:, i]          freezes the dimension
+x[:, a:b]        labels[a:b];  a becomes the number of survivors before a, b that before b
+x[:, table]      labels[table];  the table is renumbered
+x[:, i]          freezes the dimension
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from graphprune.labels import Dim
 from graphprune.ops.pointwise import alone, broadcast
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
-
 
 LOOKED_UP = "is looked up by position"
 

@@ -1,13 +1,14 @@
 """Operators that put tensors side by side.
 
-    cat along d:     labels are put side by side; the other dimensions meet
-    stack:           a new dimension that stays; the others meet
-    pad:             padding stays, the rest keeps its labels
+cat along d:     labels are put side by side; the other dimensions meet
+stack:           a new dimension that stays; the others meet
+pad:             padding stays, the rest keeps its labels
 """
 
 from __future__ import annotations
 
 import numpy as np
+
 from graphprune.labels import Dim
 from graphprune.ops.pointwise import broadcast
 from graphprune.ops.registry import Labels, Op, Value, aten, rule

@@ -1,7 +1,7 @@
 """Linear layers and matrix products: contracted dimensions meet, the others pass.
 
-    linear(x, w, b):   out[.., o] = sum_i w[o, i] x[.., i] + b[o]
-    matmul(a, b):      out[.., n, m] = sum_k a[.., n, k] b[.., k, m]
+linear(x, w, b):   out[.., o] = sum_i w[o, i] x[.., i] + b[o]
+matmul(a, b):      out[.., n, m] = sum_k a[.., n, k] b[.., k, m]
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def addmm(op: Op) -> Labels:
     a, b, c = op[names[0]], op[names[1]], op["self"]
     contract(op, a, -1, b, -2 if len(b.shape) > 1 else -1)
     product = Value(op.shape, [*op.dims(a)[:-1], *([op.dim(b, -1)] if len(b.shape) > 1 else [])], op.name)
-    if len(a.shape) == 3:  # noqa: PLR2004 (batched)
+    if len(a.shape) == 3:
         product.labels[0] = op.equal(product.labels[0], op.dim(b, 0))
     if b.parameter:
         op.produce(b, len(b.shape) - 1)

@@ -1,8 +1,8 @@
 """Normalisations: per-channel parameters follow their channels; statistics taken across channels change when some go.
 
-    batch_norm, instance_norm:   statistics per channel                       exact
-    layer_norm, rms_norm:        statistics across the normalised dimensions  changed
-    group_norm:                  C -> (G, C/G), statistics across C/G         whole groups exact, positions within changed
+batch_norm, instance_norm:   statistics per channel                       exact
+layer_norm, rms_norm:        statistics across the normalised dimensions  changed
+group_norm:                  C -> (G, C/G), statistics across C/G         whole groups exact, positions within changed
 """
 
 from __future__ import annotations

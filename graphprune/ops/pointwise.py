@@ -1,6 +1,6 @@
 """Elementwise operators: what meets by broadcasting lives and dies together; a dimension of size 1 couples nothing.
 
-    out[i] = f(a[i], b[i], ...)        labels: a = b = out, per dimension, where sizes are not 1
+out[i] = f(a[i], b[i], ...)        labels: a = b = out, per dimension, where sizes are not 1
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _try_zero(op: Op, zero: dict[str, bool]) -> bool:
         arguments.pop(name, None)
     try:
         with torch.inference_mode():
-            names = [a.name for a in op.target._schema.arguments if not a.kwarg_only]  # noqa: SLF001 (the schema is documented)
+            names = [a.name for a in op.target._schema.arguments if not a.kwarg_only]
             positional = [arguments.pop(n) for n in names if n in arguments]
             result = op.target(*positional, **arguments)
         return bool((result == 0).all())

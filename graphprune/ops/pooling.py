@@ -1,12 +1,11 @@
 """Pooling and resampling: batch and channels pass, space does not shrink.
 
-    out[n, c] = pool(x[n, c])          labels: leading dimensions pass
+out[n, c] = pool(x[n, c])          labels: leading dimensions pass
 """
 
 from __future__ import annotations
 
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
-
 
 _SPATIAL = {
     1: (aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d, aten.max_pool1d_with_indices,

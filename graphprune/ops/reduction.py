@@ -1,7 +1,7 @@
 """Reductions, and operators that look along a dimension.
 
-    mean, var, max, softmax ... along d:     a statistic across d, if d has channels
-    sum, norm along d:                       exact where removed channels are zero, else a statistic
+mean, var, max, softmax ... along d:     a statistic across d, if d has channels
+sum, norm along d:                       exact where removed channels are zero, else a statistic
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
 Path: TypeAlias = tuple[str | int, ...]
-Labels: TypeAlias = "list[Dim]"
+Labels: TypeAlias = "list[Any]"  # one Dim per dimension; rules return these, or a list of them where there are several outputs
 Rule: TypeAlias = "Callable[[Op], Labels | list[Labels]]"
 
 RULES: dict[str, Rule] = {}
@@ -52,7 +52,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_for(target: OpOverload) -> Rule | None:
     """Returns the rule of an operator: its own, that of its out-of-place form, the elementwise rule, or None."""
-    name = target._schema.name  # noqa: SLF001 (the schema is the documented identity of an overload)
+    name = target._schema.name
     found = RULES.get(name)
     if found is None and torch.Tag.pointwise in target.tags:
         return RULES["pointwise"]
@@ -165,11 +165,11 @@ class Op:
     constant: bool = False
     declined: str = ""
 
-    def __getitem__(self, argument: str) -> Any:  # noqa: ANN401 (arguments are of every kind)
+    def __getitem__(self, argument: str) -> Any:
         """Returns an argument by its schema name, None when it was left to its default."""
         return self.arguments.get(argument)
 
-    def get(self, argument: str, default: Any) -> Any:  # noqa: ANN401 (arguments are of every kind)
+    def get(self, argument: str, default: Any) -> Any:
         """Returns an argument by its schema name, or `default`."""
         value = self.arguments.get(argument)
         return default if value is None else value
@@ -274,7 +274,7 @@ class Op:
         """Says which call replaces this one when literals alone cannot state what is left."""
         self.notes.become = (target, arguments)
 
-    def decline(self, why: str) -> Any:  # noqa: ANN401 (stands in for any labels)
+    def decline(self, why: str) -> Labels:
         """Gives up on this call: everything that enters it freezes, with the reason."""
         self.declined = why
         return [[None] * len(s) for s in self.outputs] if len(self.outputs) != 1 else [None] * len(self.outputs[0])

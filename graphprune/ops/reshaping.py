@@ -1,12 +1,13 @@
 """Operators that move dimensions, cut them and join them, without touching values.
 
-    view (A*B) -> (A, B):    label of (a, b) becomes {row a, column b}, everywhere it was seen; dims that do not vary get none
-    view (A, B) -> (A*B):    labels unite
+view (A*B) -> (A, B):    label of (a, b) becomes {row a, column b}, everywhere it was seen; dims that do not vary get none
+view (A, B) -> (A*B):    labels unite
 """
 
 from __future__ import annotations
 
 import numpy as np
+
 from graphprune.labels import Dim
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from graphprune.surgery.rewriting import Removal
 
 Place: TypeAlias = tuple[str, str, "int | None"]
-"""Module path, attribute name, position within the attribute where that is a tuple or list."""
+"""Module path, attribute name (`config.num_heads` for one of a configuration object), position within it where it is a tuple or list."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ def apply(small: nn.Module, values: dict[Place, int]) -> None:
     """Sets attributes of a shrunk module to what was found."""
     modules = dict(small.named_modules())
     for (path, name, position), value in values.items():
-        module = modules[path]
-        current = getattr(module, name)
-        if position is None:
-            setattr(module, name, value)
-        else:
-            setattr(module, name, type(current)([*current[:position], value, *current[position + 1 :]]))
+        owner: Any = modules[path]
+        holder, _, last = name.rpartition(".")
+        attributes = vars(getattr(owner, holder)) if holder else vars(owner)
+        current = attributes[last]
+        made = value if position is None else type(current)([*current[:position], value, *current[position + 1 :]])
+        attributes[last] = made
 
 
 # -- recording with tracked integers -----------------------------------------------------------------------------------------------
@@ -224,18 +224,30 @@ def _tracked_calls(model: nn.Module, inputs: Inputs) -> list[list[int]]:
 def _tracked_attributes(model: nn.Module) -> Iterator[None]:
     """Replaces integer attributes (and tuples and lists of them) by tracked ones inside the block."""
     saved: list[tuple[dict[str, Any], str, Any]] = []
+    seen: set[int] = set()
     try:
         for path, module in model.named_modules():
-            attributes = vars(module)
-            for name, value in list(attributes.items()):
-                tracked = _tracked(value, path, name)
-                if tracked is not None:
-                    saved.append((attributes, name, value))
-                    attributes[name] = tracked
+            for owner, attributes in [("", vars(module)), *_plain_objects(module)]:
+                if id(attributes) in seen:
+                    continue
+                seen.add(id(attributes))
+                for name, value in list(attributes.items()):
+                    tracked = _tracked(value, path, f"{owner}{name}")
+                    if tracked is not None:
+                        saved.append((attributes, name, value))
+                        attributes[name] = tracked
         yield
     finally:
         for attributes, name, value in saved:
             attributes[name] = value
+
+
+def _plain_objects(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the attributes of configuration objects that a module holds: plain Python objects, no modules, tensors or classes."""
+    for name, value in list(vars(module).items()):
+        plain = not isinstance(value, (nn.Module, torch.Tensor, type, dict)) and not callable(value)
+        if plain and type(getattr(value, "__dict__", None)) is dict and not type(value).__module__.startswith("torch"):
+            yield f"{name}.", vars(value)
 
 
 def _tracked(value: Any, path: str, name: str) -> Any:

@@ -180,8 +180,9 @@ class _Writer:
         if isinstance(value, fx.Node):
             return self.nodes.get(value, value)
         if isinstance(value, torch.Tensor):
+            while hasattr(self.root, f"table_{self.tables}"):
+                self.tables += 1
             name = f"table_{self.tables}"
-            self.tables += 1
             self.root.register_buffer(name, value)
             return self.graph.create_node("get_attr", name)
         if isinstance(value, (list, tuple)):

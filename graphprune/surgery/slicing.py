@@ -36,19 +36,33 @@ def like(original: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def shrunk_copy(model: nn.Module, tensors: Mapping[str, torch.Tensor], positions: Positions) -> nn.Module:
-    """Returns a deep copy of a module whose tensors keep only the given positions; the dropped weights are never copied."""
+def shrunk_copy(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], positions: Positions, aliases: Mapping[str, str] | None = None
+) -> nn.Module:
+    """Returns a deep copy of a module whose tensors keep only the given positions; the dropped weights are never copied.
+
+    `aliases` names tensors that share the memory of another (which `positions` names) without being it; they still do afterwards.
+    """
     memo: dict[int, Any] = {id(tensors[name]): like(tensors[name], sliced(tensors[name], dims)) for name, dims in positions.items()}
+    for name, other in (aliases or {}).items():
+        if other in positions and id(tensors[name]) not in memo:
+            memo[id(tensors[name])] = like(tensors[name], memo[id(tensors[other])].data)
     return copy.deepcopy(model, memo)
 
 
-def shrink_in_place(tensors: Mapping[str, torch.Tensor], positions: Positions) -> dict[str, torch.Tensor]:
+def shrink_in_place(
+    tensors: Mapping[str, torch.Tensor], positions: Positions, aliases: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """Slices tensors in place (their identity stays, gradients go); returns the old data, by name."""
     old: dict[str, torch.Tensor] = {}
     for name, dims in positions.items():
         old[name] = tensors[name].data
         tensors[name].grad = None
         tensors[name].data = sliced(tensors[name], dims)
+    for name, other in (aliases or {}).items():
+        if other in positions and tensors[name] is not tensors[other]:
+            old[name] = tensors[name].data
+            tensors[name].data = tensors[other].data
     return old
 
 

@@ -136,10 +136,10 @@ class _Surgeon:
         old: dict[str, torch.Tensor] = {}
         saved = [(m, dict(vars(m))) for m in self.model.modules()] if self.inplace else []
         if self.inplace:
-            old = shrink_in_place(self.tensors, self.positions)
+            old = shrink_in_place(self.tensors, self.positions, self.graph.aliases)
             small = self.model
         else:
-            small = shrunk_copy(self.model, self.tensors, self.positions)
+            small = shrunk_copy(self.model, self.tensors, self.positions, self.graph.aliases)
         set_attributes(small, self.removal)
         if found:
             apply(small, found)
