@@ -117,29 +117,34 @@ def discover(model: nn.Module, removal: Removal) -> dict[Place, int]:
 
 
 def _wanted(node: Any, integers: list[int], removal: Removal) -> Iterator[tuple[Tracked, int]]:
-    """Yields tracked integers of a call together with what they must become."""
+    """Yields tracked integers of a call together with what they must become, those that count no channels with what they are."""
+    counted: set[int] = set()
     for path, labels in removal.analysis.notes[node].extents.items():
-        if not removal.loses(labels):
-            continue
-        listed = [p for p in removal.analysis.notes[node].extents if p[0] == path[0]]
-        for integer in _candidates(integers, path, int(labels.size), len(listed)):
-            yield integer, removal.count(labels)
+        found = _at(integers, path, int(labels.size))
+        if found is not None:
+            counted.add(id(found))
+            yield found, removal.count(labels)
+    for integer in integers:
+        if isinstance(integer, Tracked) and id(integer) not in counted:
+            yield integer, int(integer)
 
 
-def _candidates(integers: list[int], path: tuple[Any, ...], size: int, _listed: int) -> list[Tracked]:
+def _at(integers: list[int], path: tuple[Any, ...], size: int) -> Tracked | None:
     """Returns the tracked integer at a path of a call: by position in the list of sizes, else by value."""
     if len(path) > 1 and path[1] < len(integers):
         found = integers[path[1]]
         if isinstance(found, Tracked) and int(found) == size:
-            return [found]
-    same = [i for i in integers if isinstance(i, Tracked) and int(i) == size]
-    return same[:1]
+            return found
+    return next((i for i in integers if isinstance(i, Tracked) and int(i) == size), None)
 
 
 def _solve(wanted: list[tuple[Tracked, int]]) -> dict[Place, int]:
-    """Finds attribute values that give the wanted sizes: attributes used as they are first, then arithmetic with one unknown."""
+    """Finds attribute values that give the wanted sizes.
+
+    Attributes that are used as they are come first, those that must change before those that must not; then arithmetic with one unknown.
+    """
     known: dict[Place, int] = {}
-    for integer, new in wanted:
+    for integer, new in sorted(wanted, key=lambda item: int(item[0]) == item[1]):
         if integer.origin.place is not None:
             known.setdefault(integer.origin.place, new)
     for integer, new in wanted:
@@ -196,11 +201,9 @@ def _integers(value: Any) -> Iterator[int]:
     """Yields the integers among arguments, in order."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _integers(item)
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif isinstance(value, (list, tuple, dict, slice)):
+        parts = (value.start, value.stop, value.step) if isinstance(value, slice) else value.values() if isinstance(value, dict) else value
+        for item in parts:
             yield from _integers(item)
 
 
