@@ -56,6 +56,35 @@ def kept_count(channels: int, sparsity: float, rounding: Rounding = "floor", rou
     return min(max(count, min(round_to, channels), 1), channels)
 
 
+def global_counts(
+    scores: Mapping[str, NDArray[np.float64]], sparsity: float, most: Mapping[str, float], rounding: Rounding = "floor", round_to: int = 1
+) -> dict[str, int]:
+    """Returns how many channels of each group stay when one ranking over all of them decides.
+
+    Scores are divided by their group's mean first, as raw norms of layers of different shapes cannot be compared.
+
+    Args:
+        scores: group name -> score per channel, higher = keep.
+        sparsity: fraction of all channels to remove, in [0, 1).
+        most: group name -> the largest fraction that this group may lose, in [0, 1]; at least one channel stays whatever it says.
+        rounding: as in `kept_count`.
+        round_to: as in `kept_count`.
+    """
+    names = list(scores)
+    sizes = np.array([scores[n].size for n in names])
+    floors = [max(1, scores[n].size - int(round(scores[n].size * most.get(n, 1.0), 9))) for n in names]
+    relative = np.concatenate([scores[n] / scores[n].mean() if scores[n].mean() > 0 else scores[n] for n in names])
+    owner = np.repeat(np.arange(len(names)), sizes)
+    remaining = int(sizes.sum()) - kept_count(int(sizes.sum()), sparsity, rounding)
+    left = sizes.tolist()
+    for position in np.argsort(relative, kind="stable").tolist():
+        group = int(owner[position])
+        if remaining and left[group] > floors[group]:
+            left[group] -= 1
+            remaining -= 1
+    return {n: kept_count(int(sizes[i]), 1.0 - left[i] / sizes[i], rounding, round_to) for i, n in enumerate(names)}
+
+
 def keep_highest(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
     """Returns a mask that keeps exactly `count` channels, those with the highest scores; of equal ones the first."""
     order = np.argsort(-scores, kind="stable")

@@ -76,8 +76,8 @@ class Group:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Qualified names of the modules that produce the channels."""
-        return tuple(dict.fromkeys(s.module for s in self.producers))
+        """Qualified names of the modules that produce the channels (the parameter's own name where the model itself owns it)."""
+        return tuple(dict.fromkeys(s.module or s.parameter for s in self.producers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +191,13 @@ class DependencyGraph:
 
     def groups_of(self, layer: str) -> tuple[Group, ...]:
         """Returns the groups that own something of a module's (or parameter's) tensors."""
-        names = {n for n in self.shapes if n == layer or n.rpartition(".")[0] == layer or n.startswith(layer + ".")}
+        names = self._tensors_of(layer)
         return tuple(g for g in self.groups if any(s.parameter in names for s in g.slices))
+
+    def _tensors_of(self, layer: str) -> set[str]:
+        """Returns the tensors of a module, or the parameter of that name, tied ones under the name that the groups use."""
+        known = {**{n: n for n in self.shapes}, **{n: c for n, c in self.aliases.items() if c in self.shapes}}
+        return {c for n, c in known.items() if n == layer or n.startswith(layer + ".")}
 
     def reachable(self) -> float:
         """Returns the share of parameter elements that lie in some slice of some group."""
@@ -223,14 +228,16 @@ class DependencyGraph:
         Raises:
             ConfigError: the model has no such module or parameter; the nearest name is suggested.
         """
-        if layer not in self.modules and layer not in self.shapes:
+        if layer not in self.modules and layer not in self.shapes and layer not in self.aliases:
             known = [*self.layers, *self.modules, *self.shapes]
             raise ConfigError(f"the model has no layer called {layer!r}", nearest(layer, known) or "See graph.layers for the names")
         lines = [f"{layer} ({self.modules.get(layer, 'parameter')})"]
+        tensors = self._tensors_of(layer)
+        lines += [f"  {n} is tied to {c}" for n, c in self.aliases.items() if n == layer or n.startswith(layer + ".")]
         for group in self.groups_of(layer):
             lines += _describe(group, layer)
         for item in self.frozen:
-            if item.parameter == layer or item.parameter.startswith(layer + "."):
+            if item.parameter in tensors:
                 size = self.shapes[item.parameter][item.dim]
                 lines.append(f"  frozen: {item.parameter} dim {item.dim}, {item.index.size} of {size}: {item}")
                 if item.remedy:

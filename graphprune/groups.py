@@ -15,7 +15,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.graph import DependencyGraph, Frozen, Group, Role, Slice
 from graphprune.labelling import Analysis, extend, label
 from graphprune.labels import FROZEN, NO_REASON, Ids, LabelTable
-from graphprune.ops.registry import UNBOUND, Why
+from graphprune.ops.registry import UNBOUND, Value, Why
 from graphprune.tracing import Program, record
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def analyse(model: nn.Module, program: Program) -> Analysis:
 
 def gather(analysis: Analysis) -> DependencyGraph:
     """Gathers causes with one footprint into groups, and names what is frozen."""
-    produces = {slot for notes in analysis.notes.values() for slot in notes.produces}
+    produces = {slot for notes in analysis.notes.values() for slot in notes.produces} | _derived(analysis)
     slots = [
         (_Slot(name, d, (name, d) in produces), labels)
         for name, value in analysis.parameters.items()
@@ -84,8 +84,9 @@ def gather(analysis: Analysis) -> DependencyGraph:
     footprint = _Footprint.of(slots, analysis)
     groups = _groups(footprint, analysis)
     program = analysis.program
-    producing = {s.module for g in groups for s in g.slices if s.produces} | {name.rpartition(".")[0] for name, _ in produces}
-    ordered = {n: type(m).__name__ for n, m in program.modules.items() if n in producing}
+    owners = {name.rpartition(".")[0] or name for name, _ in produces}
+    ordered = {n: type(m).__name__ for n, m in program.modules.items() if n in owners}
+    ordered |= {n: "Parameter" for n in analysis.parameters if n in owners}
     return DependencyGraph(
         groups=tuple(groups),
         frozen=tuple(_frozen(groups, analysis)),
@@ -99,6 +100,41 @@ def gather(analysis: Analysis) -> DependencyGraph:
         seconds={},
         engine=analysis,
     )
+
+
+def _derived(analysis: Analysis) -> set[tuple[str, int]]:
+    """Returns the parameter dimensions behind weights that are computed (scaled, standardised, detached): those with equal labels."""
+    nodes = {node.name: node for node in analysis.notes}
+    out: set[tuple[str, int]] = set()
+    for notes in list(analysis.notes.values()):
+        for name, dim in notes.derived:
+            node = nodes.get(name)
+            labels = analysis.values[node].labels[dim] if node is not None and isinstance(analysis.values[node], Value) else None
+            if node is None or labels is None:
+                continue
+            signs = analysis.table.signatures(labels)
+            for value in _parameters_behind(node, analysis):
+                for d, own in enumerate(value.labels):
+                    if isinstance(own, np.ndarray) and np.array_equal(analysis.table.signatures(own), signs):
+                        out.add((value.name, d))
+    return out
+
+
+def _parameters_behind(node: fx.Node, analysis: Analysis) -> list[Value]:
+    """Returns the parameters that a weight is computed from (nothing when an input of the model takes part)."""
+    seen: set[fx.Node] = set()
+    todo, out = [node], []
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            return []
+        if current.op == "get_attr" and str(current.target) in analysis.parameters:
+            out.append(analysis.parameters[str(current.target)])
+        todo += current.all_input_nodes
+    return out
 
 
 def _freeze_whole(slots: list[tuple[_Slot, Ids]], analysis: Analysis) -> None:

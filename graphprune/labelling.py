@@ -151,7 +151,7 @@ def _apply_rule(node: fx.Node, analysis: Analysis) -> None:
 
 
 def _freeze_entering(op: Op) -> None:
-    remedy = f"Add a rule for {op.name} in graphprune/ops" if op.declined == "has no rule" else ""
+    remedy = f"Register a rule for {op.name}, see graphprune/ops/README.md" if op.declined == "has no rule" else ""
     for value in op.values():
         op.freeze_value(value, f"enters {op.name}, which {op.declined}", remedy)
 

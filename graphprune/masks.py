@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Iterator, Mapping
@@ -54,9 +55,17 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
         except KeyError:
             raise MaskError(f"no group is called {name!r}", nearest(name, self._kept) or "See graph.groups") from None
 
+    def __contains__(self, name: object) -> bool:
+        """Returns whether a group has the name."""
+        return name in self._kept
+
     def __iter__(self) -> Iterator[str]:
         """Iterates over group names."""
         return iter(self._kept)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns which channels of a group are kept, or `default` when no group has the name."""
+        return self._kept.get(name, default)
 
     def __len__(self) -> int:
         """Returns the number of groups."""
@@ -97,12 +106,13 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
             MaskError: the model has no module of that name with parameters.
         """
         prefix = f"{module}." if module else ""
-        names = [n for n in self.graph.shapes if n.startswith(prefix) and "." not in n[len(prefix) :]]
+        known_as = {**{n: n for n in self.graph.shapes}, **{n: c for n, c in self.graph.aliases.items() if c in self.graph.shapes}}
+        names = [n for n in known_as if n.startswith(prefix) and "." not in n[len(prefix) :]]
         if not names:
             known = [n.rpartition(".")[0] for n in self.graph.shapes]
             raise MaskError(f"no module with parameters is called {module!r}", nearest(module, known) or "See graph.layers")
         positions = self.positions()
-        return {n[len(prefix) :]: _dense(self.graph.shapes[n], positions.get(n, {})) for n in names}
+        return {n[len(prefix) :]: _dense(self.graph.shapes[known_as[n]], positions.get(known_as[n], {})) for n in names}
 
     def apply(self, model: nn.Module) -> None:
         """Zeroes the removed channels' slices in place (running variances stay: a zero there would divide by nothing).
@@ -119,7 +129,7 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
 
     def masked(self, model: nn.Module) -> nn.Module:
         """Returns a copy of the model with the removed channels' slices zeroed."""
-        clone = copy.deepcopy(model)
+        clone = copied(model, {})
         self.apply(clone)
         return clone
 
@@ -135,7 +145,8 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
             save_file({k: v.astype(np.uint8) for k, v in self._kept.items()}, temporary, {"fingerprint": self.graph.fingerprint})
             temporary.replace(target)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise FileError(f"cannot write masks to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error
 
     @classmethod
@@ -155,6 +166,19 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
         if fingerprint != graph.fingerprint:
             raise MaskError(f"the masks in {str(path)!r} were made for another model", "Make masks for this model")
         return cls(graph, kept)
+
+
+def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Returns a deep copy of a module; `memo` maps ids of tensors to what stands in their place.
+
+    Tensors that hooks compute anew on every forward pass (pruning and weight normalisation of older PyTorch) are detached first, as
+    PyTorch copies no results of computations.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
 
 
 def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Recording what one forward pass did, as a `torch.fx.Graph` of whole ATen operators.
 
-A dispatch mode under inference mode sees every operator before it is decomposed (`linear`, `conv2d`, `layer_norm`, attention stay whole)
+A dispatch mode below autograd sees every operator before it is decomposed (`linear`, `conv2d`, `layer_norm`, attention stay whole)
 while Python runs as it always does, so any control flow is followed, at the cost of one plain forward pass. Parameters are known by
 identity, hence by their qualified names, wherever they are used; nodes carry the path of the module that ran them.
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.errors import InputError, TraceError
+from graphprune.errors import GraphPruneError, InputError, TraceError
 from graphprune.inputs import Inputs, normalise, undisturbed
 from graphprune.ops import rule_for
 
@@ -79,24 +81,28 @@ def record(
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    recorder = _Recorder(model, inputs, on_value, on_call)
-    with undisturbed(model), _whole_attention(), _module_paths(recorder), torch.inference_mode():
+    with undisturbed(model), _whole_attention(), _below_autograd():
+        recorder = _Recorder(model, inputs, on_value, on_call)
         args, kwargs = recorder.bind_inputs()
         for module in model.modules():
             module.training = training
         try:
-            with recorder:
+            with _module_paths(recorder), recorder:
                 output = model(*args, **kwargs)
-        except (TraceError, InputError):
+        except GraphPruneError:
             raise
         except Exception as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in inputs.tensors())
-            first = " ".join(str(error).split())
-            where = f" in {recorder.stack[-1]!r}" if recorder.stack and recorder.stack[-1] else ""
-            message = f"{type(model).__name__} cannot run on example inputs of shape {shapes}: {type(error).__name__}{where}: {first}"
-            raise InputError(message.rstrip("."), "Pass inputs that model(...) accepts") from error
+            raise _cannot_run(model, inputs, error, recorder.failed_in(error)) from error
         recorder.finish(output)
     return recorder.program()
+
+
+def _cannot_run(model: nn.Module, inputs: Inputs, error: Exception, path: str) -> InputError:
+    where = f" in {path!r}" if path else ""
+    shapes = ", ".join(str(tuple(t.shape)) for t in inputs.tensors())
+    reason = " ".join(str(error).split())
+    what = f"{type(model).__name__} cannot run on example inputs of shape {shapes}: {type(error).__name__}{where}: {reason}"
+    return InputError(what.rstrip("."), "Pass inputs that model(...) accepts")
 
 
 class _Recorder(TorchDispatchMode):
@@ -119,6 +125,9 @@ class _Recorder(TorchDispatchMode):
         self._decompose: dict[Any, bool] = {}
         self._external: dict[int, fx.Node | str] = {}
         self._alive: list[torch.Tensor] = []
+        self._marked: list[weakref.ref[torch.Tensor]] = []
+        self._failure: tuple[int, str] = (0, "")
+        self._last_read: fx.Node | None = None
         self._register_tensors(model)
 
     # -- inputs, parameters, outputs ---------------------------------------------------------------------------------------------
@@ -149,7 +158,8 @@ class _Recorder(TorchDispatchMode):
 
     def bind_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Makes a placeholder per argument; returns the arguments to call the model with."""
-        args, kwargs = self.inputs.args, self.inputs.kwargs
+        inputs = self.inputs.copied()
+        args, kwargs = inputs.args, inputs.kwargs
         names = _argument_names(self.model, len(args), list(kwargs))
         for name, value in zip(names, [*args, *kwargs.values()], strict=True):
             literal = isinstance(value, (int, float, bool, str, type(None)))
@@ -175,9 +185,23 @@ class _Recorder(TorchDispatchMode):
             part.meta.update(module="", shapes=[], placeholder=True)
             self._bind(part, item)
 
+    def left(self, path: str) -> None:
+        """Notes that a module was left; where an exception passes through several, the first of them is where it was raised."""
+        error = sys.exc_info()[1]
+        if error is not None and self._failure[0] != id(error):
+            self._failure = (id(error), path)
+
+    def failed_in(self, error: Exception) -> str:
+        """Returns the path of the innermost module that an exception left."""
+        return self._failure[1] if self._failure[0] == id(error) else ""
+
     def finish(self, output: object) -> None:
-        """Records what the model returned."""
+        """Records what the model returned, then takes the marks off tensors that outlive the recording."""
         self.graph.output(self._outputs(output))
+        for reference in self._marked:
+            tensor = reference()
+            if tensor is not None:
+                tensor.__dict__.pop(_NODE, None)
 
     def _outputs(self, value: Any) -> Any:
         """Returns the same structure with nodes in the tensors' places; what no graph can hold becomes None."""
@@ -222,7 +246,7 @@ class _Recorder(TorchDispatchMode):
                     self._external[id(tensor)] = owner
                     return owner
                 raise TraceError(
-                    f"{self.stack[-1] if self.stack else 'the model'!r} reads a view of {owner!r} made outside the forward pass",
+                    f"{(self.stack[-1] if self.stack else '') or 'the model'!r} reads a view of {owner!r} made outside the forward pass",
                     "Make the view inside forward()",
                 )
         name = f"constant_{len(self.constants)}"
@@ -236,9 +260,10 @@ class _Recorder(TorchDispatchMode):
             tensor = self.tensors.get(name)
             constant = tensor is None
             tensor = self.constants[name] if tensor is None else tensor
-            first = next(iter(self.graph.nodes), None)
-            with self.graph.inserting_before(first) if first is not None else _nothing():
+            last = self._last_read or next(n for n in self.graph.nodes if n.op == "placeholder" and not _follows_placeholder(n))
+            with self.graph.inserting_after(last):
                 node = self.graph.create_node("get_attr", name)
+            self._last_read = node
             node.meta.update(module=name.rpartition(".")[0], shapes=[tuple(tensor.shape)], dtype=tensor.dtype)
             node.meta["constant"] = constant or name not in self.parameters
             if node.meta["constant"] and not tensor.is_floating_point() and not tensor.is_meta:
@@ -278,6 +303,7 @@ class _Recorder(TorchDispatchMode):
             self._external[id(tensor)] = node
         else:
             tensor.__dict__[_NODE] = (self, node)
+            self._marked.append(weakref.ref(tensor))
         if self.on_value is not None:
             self.on_value(node, tensor)
 
@@ -334,9 +360,9 @@ def _argument_names(model: nn.Module, positional: int, keywords: list[str]) -> l
     return [*names, *keywords]
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _follows_placeholder(node: fx.Node) -> bool:
+    """Returns whether the next node is a placeholder as well."""
+    return node.next.op == "placeholder"
 
 
 @contextmanager
@@ -350,15 +376,25 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
             recorder.stack.append(path)
 
     def leave(module: nn.Module, _args: object, _output: object) -> None:
-        if id(module) in recorder.paths:
-            recorder.stack.pop()
+        if id(module) in recorder.paths and recorder.stack:
+            recorder.left(recorder.stack.pop())
 
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _below_autograd() -> Iterator[None]:
+    """Lets operators reach the recorder before PyTorch decomposes them, which it does on the way through autograd.
+
+    `torch.inference_mode` has that effect too, but its tensors could never be trained with if a cache outside the model kept one.
+    """
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 (no public spelling)
+        yield
 
 
 @contextmanager

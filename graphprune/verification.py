@@ -7,22 +7,22 @@ The masked model is the original one with the removed channels' slices zeroed. W
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from graphprune.errors import VerificationError
+from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
 from graphprune.tracing import record
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import fx
 
-    from graphprune.inputs import Inputs
     from graphprune.masks import Masks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -73,8 +73,8 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
             return float("inf")
         if x.numel():
             x64, y64 = _plain(x), _plain(y)
-            scale = float(x64.abs().max())
-            gap = float((x64 - y64).abs().max())
+            scale = float(torch.where(x64.isfinite(), x64, 0.0).abs().max())
+            gap = float(torch.where(x64 == y64, 0.0, x64 - y64).abs().max())
             relative = gap / scale if scale > 0 else gap
             worst = max(worst, relative if relative == relative else float("inf"))  # noqa: PLR0124 (NaN is not itself)
     return worst
@@ -92,8 +92,10 @@ def tolerance_for(outputs: list[torch.Tensor]) -> float:
 # -- the masked reference ----------------------------------------------------------------------------------------------------------
 
 
-def masked_outputs(removal: Removal, masks: Masks, on_value: Callable[[fx.Node, Any], None] | None = None) -> list[torch.Tensor]:
-    """Returns the outputs of the masked model, run from the recording at full width; parameters are masked as they are read."""
+def masked_outputs(
+    removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor], on_value: Callable[[fx.Node, Any], None] | None = None
+) -> list[torch.Tensor]:
+    """Returns the outputs of the masked model, run from the recording at full width; `tensors` are masked as they are read."""
     program = removal.analysis.program
     positions = masks.positions()
     env: dict[fx.Node, Any] = {}
@@ -104,7 +106,7 @@ def masked_outputs(removal: Removal, masks: Masks, on_value: Callable[[fx.Node, 
             if node.op == "placeholder":
                 env[node] = next(arguments)
             elif node.op == "get_attr":
-                env[node] = _masked_tensor(str(node.target), removal, positions)
+                env[node] = _masked_tensor(str(node.target), removal, positions, tensors)
             elif node.op == "output":
                 return output_tensors(_loaded(node.args[0], env))
             else:
@@ -127,13 +129,12 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return out
 
 
-def _masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, Any]]) -> torch.Tensor:
+def _masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, Any]], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     program = removal.analysis.program
-    tensor = program.tensors[name] if name in program.tensors else program.constants[name]
+    tensor = tensors[name] if name in tensors else program.constants[name]
     dims = positions.get(name)
     if not dims or name.endswith("running_var"):
-        return tensor
-    tensor = tensor.detach()
+        return tensor if isinstance(program.tensors.get(name), nn.Parameter) else tensor.clone()  # operators in place write to buffers
     for dim, keep in dims.items():
         gone = np.setdiff1d(np.arange(tensor.shape[dim]), keep)
         tensor = tensor.index_fill(dim, torch.from_numpy(gone).to(tensor.device), 0)
@@ -153,7 +154,7 @@ def _loaded(value: Any, env: dict[fx.Node, Any]) -> Any:
 def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
     target: Any = node.target
     notes = removal.analysis.notes.get(node)
-    if notes is not None and any(removal.loses(labels) for labels in notes.statistics):
+    if notes is not None and any(removal.loses(labels) for labels in (*notes.statistics, *notes.kept_only)):
         return _over_kept(node, env, removal)
     args, kwargs = _loaded(node.args, env), _loaded(dict(node.kwargs), env)
     if target is operator.getitem and not hasattr(args[0], "__getitem__"):
@@ -195,12 +196,16 @@ def _scattered(tensor: torch.Tensor, value: Value, removal: Removal) -> torch.Te
 # -- finding where ---------------------------------------------------------------------------------------------------------------
 
 
-def first_difference(small: nn.Module, inputs: Inputs, removal: Removal, masks: Masks, tolerance: float) -> str:
+def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor], tolerance: float) -> str:
     """Returns where the shrunk model first departs from the masked one: operator and module path, in the order of execution."""
     wanted: list[tuple[fx.Node, torch.Tensor]] = []
-    masked_outputs(removal, masks, lambda n, v: wanted.append((n, v.clone())) if isinstance(v, torch.Tensor) else None)
+    masked_outputs(removal, masks, tensors, lambda n, v: wanted.append((n, v.clone())) if isinstance(v, torch.Tensor) else None)
     found: list[tuple[fx.Node, torch.Tensor]] = []
-    record(small, inputs, on_value=lambda n, v: found.append((n, v.clone())))
+    failure = ""
+    try:
+        record(small, removal.analysis.program.inputs, on_value=lambda n, v: found.append((n, v.clone())))
+    except GraphPruneError as error:
+        failure = error.what
     for (node, full), (other, actual) in zip(wanted, found, strict=False):
         place = f"{_name(node)} in {node.meta['module'] or 'the model itself'}"
         if node.target != other.target:
@@ -210,10 +215,15 @@ def first_difference(small: nn.Module, inputs: Inputs, removal: Removal, masks: 
             return f"{place}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
         if expected.is_floating_point() and difference([expected], [actual]) > tolerance:
             return f"{place}: relative difference {difference([expected], [actual]):.1e}"
-    return "no single operator: the programs agree node by node"
+    if failure and len(found) < len(wanted):
+        node = wanted[len(found)][0]
+        return f"{_name(node)} in {node.meta['module'] or 'the model itself'}: {failure}"
+    return failure or "no single operator: the programs agree node by node"
 
 
 def _name(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return _name(node.all_input_nodes[0])
     target: Any = node.target
     schema = getattr(target, "_schema", None)
     return str(schema.name).removeprefix("aten::") if schema is not None else str(target)

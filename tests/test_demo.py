@@ -316,6 +316,23 @@ def test_a_run_leaves_other_files_and_replaces_its_own(few: demo.Digits, tmp_pat
     assert (tmp_path / "summary.md").read_text(encoding="utf-8") == summary.to_markdown()
 
 
+def test_a_run_trains_on_half_of_the_threads(few: demo.Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run fails, the number of threads is as before."""
+    seen: list[int] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise ExportError("stopped")
+
+    monkeypatch.setattr(demo, "train", stop)
+    for threads, expected in ((1, 1), (2, 1), (5, 2)):
+        torch.set_num_threads(threads)
+        with pytest.raises(ExportError):
+            demo.run(tmp_path, depth=8, data=few)
+        assert torch.get_num_threads() == threads
+        assert seen.pop() == expected
+
+
 def test_a_failing_run_leaves_no_trace(engine: list[str], few: demo.Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last step fails, no file and no folder of the run remains, and an older summary is as it was."""
 

@@ -75,6 +75,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         InputError: a model cannot be run on the inputs.
     """
     from graphprune.inputs import run, undisturbed
+    from graphprune.masks import checked_tensors
     from graphprune.surgery.rewriting import Removal
     from graphprune.surgery.speedup import speedup
     from graphprune.verification import Check, difference, masked_outputs, output_tensors, tolerance_for
@@ -83,7 +84,8 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         dense, _ = speedup(dense, _masks(dense, step, inputs), verify=False, result=step.kind)
     masks = _masks(dense, recipe.steps[-1], inputs)
     analysis = masks.graph.engine
-    masked = masked_outputs(Removal(analysis, analysis.removed(masks.removed_causes)), masks)
+    tensors = checked_tensors(dense, masks.graph)
+    masked = masked_outputs(Removal(analysis, analysis.removed(masks.removed_causes)), masks, tensors)
     outputs = []
     for network in (dense, small):
         with undisturbed(network):

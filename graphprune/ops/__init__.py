@@ -13,15 +13,17 @@ from graphprune.ops import (
     reduction,
     reshaping,
 )
-from graphprune.ops.registry import RULES, UNBOUND, Notes, Op, Value, Why, rule, rule_for
+from graphprune.ops.registry import RULES, UNBOUND, Labels, Notes, Op, Value, Why, aten, rule, rule_for
 
 __all__ = [
     "RULES",
     "UNBOUND",
+    "Labels",
     "Notes",
     "Op",
     "Value",
     "Why",
+    "aten",
     "attention",
     "convolution",
     "creation",

@@ -39,4 +39,4 @@ def data_dependent(op: Op) -> Labels | list[Labels]:
 @rule("torchvision::nms")
 def suppression(op: Op) -> Labels:
     """Non-maximum suppression chooses boxes at run time."""
-    return data_dependent(op)  # type: ignore[return-value]
+    return data_dependent(op)

@@ -210,9 +210,9 @@ def roll(op: Op) -> Labels:
     for i, (shift, d) in enumerate(zip(op["shifts"], dims, strict=True)):
         whole = labels[d]
         if whole is not None:
-            shift %= whole.size
-            op.extent(("shifts", i), whole[whole.size - shift :])
-            labels[d] = np.roll(whole, shift)
+            forward = shift % whole.size
+            op.extent(("shifts", i), whole[whole.size - forward :])
+            labels[d] = np.roll(whole, forward)
     return labels
 
 

@@ -60,3 +60,21 @@ def grouped(op: Op) -> Labels | list[Labels]:
         op.extent("C", labels[1])
     op.zero = op["weight"] is not None and alone(labels, 1)
     return labels if len(op.outputs) == 1 else [labels, *[[None] * len(s) for s in op.outputs[1:]]]
+
+
+@rule(aten._weight_norm_interface, aten._weight_norm)
+def weight_norm(op: Op) -> Labels | list[Labels]:
+    """`g * v / |v|`: the norm is taken over all dimensions of v but one, where g has one number each.
+
+    Removed weights are zero, so the norms of what stays do not change; those of what goes are zero and may not be divided by.
+    """
+    v, g = op["v"], op["g"]
+    dim = op.get("dim", 0) % len(v.shape)
+    labels = op.dims(v)
+    labels[dim] = op.bind(g, dim, labels[dim])
+    for d in range(len(g.shape)):
+        if d != dim:
+            op.bind(g, d, None)
+    op.only_kept(labels[dim])
+    op.zero = True
+    return labels if len(op.outputs) == 1 else [labels, [labels[d] if d == dim else None for d in range(len(g.shape))]]

@@ -127,7 +127,9 @@ class Notes:
         remaps: argument path of an index tensor -> labels of the dimension that it indexes.
         constants: argument name -> value to pass explicitly once any of the labels given with it has lost an index.
         statistics: labels across which the operator takes a statistic.
+        kept_only: labels that the operator cannot be given as zeros (it would divide by their norm); removal is exact all the same.
         produces: (parameter name, dim) pairs whose rows compute this node's channels.
+        derived: (node name, dim) pairs likewise, of weights that are themselves computed from parameters.
         become: the operator and arguments to use instead once any extent or remap changes.
     """
 
@@ -135,7 +137,9 @@ class Notes:
     remaps: dict[Path, Ids] = field(default_factory=dict)
     constants: dict[str, tuple[Any, Ids]] = field(default_factory=dict)
     statistics: list[Ids] = field(default_factory=list)
+    kept_only: list[Ids] = field(default_factory=list)
     produces: list[tuple[str, int]] = field(default_factory=list)
+    derived: list[tuple[str, int]] = field(default_factory=list)
     become: tuple[Any, dict[str, Any]] | None = None
 
 
@@ -265,10 +269,15 @@ class Op:
         if labels is not None:
             self.notes.statistics.append(labels)
 
+    def only_kept(self, labels: Dim) -> None:
+        """Says that the masked reference must leave out what is removed here: zeros would make the operator divide by zero."""
+        if labels is not None:
+            self.notes.kept_only.append(labels)
+
     def produce(self, value: Value, dim: int) -> None:
         """Says that a parameter's positions along `dim` compute the channels of the output."""
-        if value.parameter:
-            self.notes.produces.append((value.name, dim))
+        dim %= max(len(value.shape), 1)
+        (self.notes.produces if value.parameter else self.notes.derived).append((value.name, dim))
 
     def become(self, target: OpOverload, arguments: dict[str, Any]) -> None:
         """Says which call replaces this one when literals alone cannot state what is left."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import networkx as nx
 import numpy as np
 
-from graphprune.budgets import Plan, Rounding, keep_highest, kept_count
+from graphprune.budgets import Plan, Rounding, global_counts, keep_highest, kept_count
 from graphprune.config import ResolvedConfig, resolve
 from graphprune.criteria import Criterion, group_scores
 from graphprune.errors import ConfigError, InputError
@@ -86,17 +86,32 @@ class Pruner:
         start = time.perf_counter()
         scores = self.scores()
         requested, notes = wanted(self.graph, self.config, self.cut)
-        kept: dict[str, NDArray[np.bool_]] = {}
-        for group in self.graph.groups:
-            count = kept_count(group.channels, requested[group.name], self.rounding, self.round_to)
-            if count < group.channels:
-                kept[group.name] = keep_highest(scores[group.name], count)
+        counts = {g.name: kept_count(g.channels, requested[g.name], self.rounding, self.round_to) for g in self.graph.groups}
+        for entry, total in totals(self.config).items():
+            members = ranked_together(self.graph, self.config, entry, notes)
+            if members:
+                ranked = {g.name: scores[g.name] for g in members}
+                most = {g.name: min(self.config.layers[layer].max_sparsity for layer in g.layers) for g in members}
+                counts |= global_counts(ranked, total, most, self.rounding, self.round_to)
+        kept = {g.name: keep_highest(scores[g.name], counts[g.name]) for g in self.graph.groups if counts[g.name] < g.channels}
         self.plan = Plan(requested, notes, {"score": time.perf_counter() - start})
         return Masks(self.graph, kept)
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
         """Returns group name -> score per channel, higher = keep."""
         return group_scores(self.graph, checked_tensors(self.model, self.graph), self.criterion)
+
+
+def totals(config: ResolvedConfig) -> dict[int, float]:
+    """Returns config entry -> total sparsity, for the entries that ask for one ranking over all their layers."""
+    return {c.entry: c.total for c in config.layers.values() if c.total is not None}
+
+
+def ranked_together(graph: DependencyGraph, config: ResolvedConfig, entry: int, notes: Mapping[str, str]) -> list[Group]:
+    """Returns the groups all of whose producing layers a total sparsity's entry matches (those kept whole for a reason left out)."""
+    return [
+        g for g in graph.groups if g.name not in notes and all(n in config.layers and config.layers[n].entry == entry for n in g.layers)
+    ]
 
 
 def wanted(graph: DependencyGraph, config: ResolvedConfig, cut: Cut) -> tuple[dict[str, float], dict[str, str]]:
@@ -124,6 +139,9 @@ def _of_group(group: Group, config: ResolvedConfig) -> tuple[float, str]:
             return 0.0, f"{layer} is matched by no config entry"
         entry = config.layers[layer]
         asked[layer] = entry.sparsity if entry.sparsity is not None else 0.0
+    found = [config.layers[layer] for layer in group.layers]
+    if len({c.entry for c in found}) > 1 and any(c.total is not None for c in found):
+        return 0.0, "its layers are in different config entries, one of them with a total sparsity"
     lowest = min(asked, key=lambda n: asked[n])
     note = f"{lowest} asks for least" if len(set(asked.values())) > 1 else ""
     return asked[lowest], note

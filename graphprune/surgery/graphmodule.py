@@ -42,25 +42,38 @@ def rewritten(model: nn.Module, removal: Removal, masks: Masks, sliced: Mapping[
     graph = fx.Graph()
     _Writer(graph, removal, other, root).write()
     module = fx.GraphModule(root, graph, class_name=f"Shrunk{type(model).__name__}")
+    _keep_state_names(module, model, sliced, program)
     module.train(model.training)
     return module, remark
+
+
+def _keep_state_names(module: fx.GraphModule, model: nn.Module, sliced: Mapping[str, torch.Tensor], program: Any) -> None:
+    """Adds what the program does not read (step counters, auxiliary heads), so that state dicts have the model's own names."""
+    have = {*dict(module.named_parameters()), *dict(module.named_buffers()), *program.aliases}
+    for name in model.state_dict():
+        if name not in have and name in sliced:
+            _attach(module, name, sliced[name])
+
+
+def _attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+    """Puts a tensor into a module tree under its qualified name."""
+    path, _, last = name.rpartition(".")
+    owner = root
+    for part in path.split(".") if path else []:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(last, tensor)
+    else:
+        owner.register_buffer(last, tensor.detach().clone() if tensor.is_inference() else tensor, persistent=persistent)
 
 
 def _root(program: Any, sliced: Mapping[str, torch.Tensor]) -> nn.Module:
     """Returns an empty module tree that holds the tensors under their qualified names."""
     root = nn.Module()
     for name in [*program.tensors, *program.constants]:
-        tensor = sliced[name] if name in sliced else program.constants[name]
-        path, _, last = name.rpartition(".")
-        owner = root
-        for part in path.split(".") if path else []:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(last, tensor)
-        else:
-            owner.register_buffer(last, tensor.detach().clone() if tensor.is_inference() else tensor)
+        _attach(root, name, sliced[name] if name in sliced else program.constants[name], persistent=name not in program.constants)
     return root
 
 
@@ -82,7 +95,8 @@ def _at_another_batch(model: nn.Module, removal: Removal, masks: Masks) -> tuple
     if graph.fingerprint != masks.graph.fingerprint:
         return None, f"it runs only at batch {batch}: other channels depend on each other at batch {batch + 1}"
     causes = [group.causes[~masks[group.name]] for group in graph.groups]
-    return Removal(analysis, analysis.removed(np.concatenate(causes))), ""
+    gone = np.concatenate(causes) if causes else np.zeros(0, dtype=np.int64)
+    return Removal(analysis, analysis.removed(gone)), ""
 
 
 class _Writer:
@@ -183,7 +197,7 @@ class _Writer:
             while hasattr(self.root, f"table_{self.tables}"):
                 self.tables += 1
             name = f"table_{self.tables}"
-            self.root.register_buffer(name, value)
+            self.root.register_buffer(name, value, persistent=True)
             return self.graph.create_node("get_attr", name)
         if isinstance(value, (list, tuple)):
             return type(value)(self._map(v) for v in value) if type(value) in (list, tuple) else [self._map(v) for v in value]

@@ -75,7 +75,7 @@ def rewrite(node: fx.Node, removal: Removal) -> tuple[Call, list[Path]]:
     renumbered = [p for p, labels in notes.remaps.items() if removal.loses(labels)]
     explicit = {k: v for k, (v, labels) in notes.constants.items() if removal.loses(labels)}
     if notes.become is not None and (changed or renumbered):
-        target, arguments = notes.become[0], {k: _lowered(v, node) for k, v in notes.become[1].items()}
+        target, arguments = notes.become[0], {k: _lowered(v, node, removal) for k, v in notes.become[1].items()}
     for path in changed:
         arguments = _replaced(arguments, path, removal.count(notes.extents[path]))
     for path in renumbered:
@@ -94,9 +94,11 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _lowered(value: Any, node: fx.Node) -> Any:
-    """Replaces a rule's value by the node behind it (the first tensor argument of the original call)."""
-    return node.all_input_nodes[0] if isinstance(value, Value) else value
+def _lowered(value: Any, node: fx.Node, removal: Removal) -> Any:
+    """Replaces a rule's value by the node behind it, among the tensor arguments of the original call."""
+    if not isinstance(value, Value):
+        return value
+    return next(n for n in node.all_input_nodes if removal.analysis.values[n] is value)
 
 
 def _renumbered(table: torch.Tensor, labels: Ids, output: Value, removal: Removal) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from graphprune.masks import copied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,26 +48,32 @@ def shrunk_copy(
     for name, other in (aliases or {}).items():
         if other in positions and id(tensors[name]) not in memo:
             memo[id(tensors[name])] = like(tensors[name], memo[id(tensors[other])].data)
-    return copy.deepcopy(model, memo)
+    for tensor in tensors.values():
+        if vars(tensor) and id(tensor) not in memo:
+            memo[id(tensor)] = like(tensor, tensor.detach().clone())
+    return copied(model, memo)
 
 
-def shrink_in_place(
-    tensors: Mapping[str, torch.Tensor], positions: Positions, aliases: Mapping[str, str] | None = None
-) -> dict[str, torch.Tensor]:
-    """Slices tensors in place (their identity stays, gradients go); returns the old data, by name."""
-    old: dict[str, torch.Tensor] = {}
+Old = tuple[torch.Tensor, "torch.Tensor | None"]
+"""The data and the gradient of a tensor before it was sliced in place."""
+
+
+def shrink_in_place(tensors: Mapping[str, torch.Tensor], positions: Positions, aliases: Mapping[str, str], old: dict[str, Old]) -> None:
+    """Slices tensors in place (their identity stays, gradients go), and puts into `old` what they were, one by one."""
     for name, dims in positions.items():
-        old[name] = tensors[name].data
+        data = sliced(tensors[name], dims)
+        old[name] = (tensors[name].data, tensors[name].grad)
         tensors[name].grad = None
-        tensors[name].data = sliced(tensors[name], dims)
-    for name, other in (aliases or {}).items():
-        if other in positions and tensors[name] is not tensors[other]:
-            old[name] = tensors[name].data
-            tensors[name].data = tensors[other].data
-    return old
-
-
-def put_back(tensors: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> None:
-    """Undoes :func:`shrink_in_place`."""
-    for name, data in old.items():
         tensors[name].data = data
+    for name, other in aliases.items():
+        if other in positions and tensors[name] is not tensors[other]:
+            old[name] = (tensors[name].data, tensors[name].grad)
+            tensors[name].grad = None
+            tensors[name].data = tensors[other].data
+
+
+def put_back(tensors: Mapping[str, torch.Tensor], old: Mapping[str, Old]) -> None:
+    """Undoes :func:`shrink_in_place`."""
+    for name, (data, gradient) in old.items():
+        tensors[name].data = data
+        tensors[name].grad = gradient

@@ -22,12 +22,10 @@ from graphprune.surgery.discovery import apply, discover
 from graphprune.surgery.graphmodule import rewritten
 from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
-from graphprune.surgery.slicing import like, put_back, shrink_in_place, shrunk_copy, sliced
+from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
 from graphprune.verification import Check, difference, first_difference, masked_outputs, output_tensors, require, tolerance_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from graphprune.graph import DependencyGraph, Group, Slice
     from graphprune.inputs import Inputs
 
@@ -63,9 +61,14 @@ def speedup(
     """
     surgeon = _Surgeon(model, _fitting(model, masks, example_inputs), verify=verify, inplace=inplace)
     before = Before.of(model)
-    small, kind, reason, check = surgeon.operate(result)
+    try:
+        small, kind, reason, check = surgeon.operate(result)
+        report = surgeon.report(small, kind, reason, check, plan or Plan())
+    except BaseException:
+        surgeon.undo()
+        raise
     remember(small, before, kind, surgeon.masks)
-    return small, surgeon.report(small, kind, reason, check, plan or Plan())
+    return small, report
 
 
 def _fitting(model: nn.Module, masks: Masks, example_inputs: object) -> Masks:
@@ -99,6 +102,9 @@ class _Surgeon:
         self.inputs: Inputs = analysis.program.inputs
         self.positions = masks.positions()
         self.tensors = checked_tensors(model, self.graph)
+        self.originals = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        self.old: dict[str, Old] = {}
+        self.saved: list[tuple[nn.Module, dict[str, Any]]] = []
         self.seconds = {"shrink": 0.0, "verify": 0.0, "count": 0.0}
         self.before: Cost | None = None
 
@@ -130,29 +136,36 @@ class _Surgeon:
 
     def _own_class(self, reference: _Reference | None) -> tuple[nn.Module | None, str, Check | None]:
         """Returns the model's own class shrunk, or None and why it cannot be kept."""
+        modules = self.graph.engine.program.modules
+        if any(isinstance(m, torch.jit.ScriptModule) for m in modules.values()):
+            return None, f"{type(self.model).__name__} holds scripted modules, whose code cannot be resized", None
         start = time.perf_counter()
-        simple = explained(self.removal, self.graph.engine.program.modules)
+        simple = explained(self.removal, modules)
         found = {} if simple else discover(self.model, self.removal)
-        old: dict[str, torch.Tensor] = {}
-        saved = [(m, dict(vars(m))) for m in self.model.modules()] if self.inplace else []
-        if self.inplace:
-            old = shrink_in_place(self.tensors, self.positions, self.graph.aliases)
-            small = self.model
-        else:
-            small = shrunk_copy(self.model, self.tensors, self.positions, self.graph.aliases)
+        small = self._sliced_module()
         set_attributes(small, self.removal)
-        if found:
-            apply(small, found)
+        apply(small, found)
         self.seconds["shrink"] += time.perf_counter() - start
-        try:
-            check = self._check(small, reference) if reference is not None else None
-            why = self._verdict(small, check, simple=simple)
-        except BaseException:
-            _restore(self.tensors, old, saved)
-            raise
-        if why and self.inplace:
-            _restore(self.tensors, old, saved)
+        check = self._check(small, reference) if reference is not None else None
+        why = self._verdict(small, check, simple=simple)
+        if why:
+            self.undo()
         return (None if why else small), why, check
+
+    def _sliced_module(self) -> nn.Module:
+        if not self.inplace:
+            return shrunk_copy(self.model, self.tensors, self.positions, self.graph.aliases)
+        self.saved = [(m, dict(vars(m))) for m in self.model.modules()]
+        shrink_in_place(self.tensors, self.positions, self.graph.aliases, self.old)
+        return self.model
+
+    def undo(self) -> None:
+        """Puts a model that was shrunk in place back as it was."""
+        put_back(self.tensors, self.old)
+        for module, attributes in self.saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+        self.old, self.saved = {}, []
 
     def _verdict(self, small: nn.Module, check: Check | None, *, simple: bool) -> str:
         """Returns why a shrunk module of the model's own class may not be returned, or ""."""
@@ -161,7 +174,7 @@ class _Surgeon:
         if check.passed:
             return ""
         where = self._where(small, check)
-        if simple:
+        if simple and math.isfinite(check.error):
             require(check, where)
         return f"{type(small).__name__}.forward has sizes of its own, so its class cannot be kept: {where}"
 
@@ -179,10 +192,12 @@ class _Surgeon:
         start = time.perf_counter()
         with undisturbed(self.model):
             dense = output_tensors(self.inputs.copied().call(self.model))
-        masked = masked_outputs(self.removal, self.masks)
+        masked = masked_outputs(self.removal, self.masks, self.originals)
         self.seconds["verify"] += time.perf_counter() - start
-        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in dense):
-            raise InputError("the model's output on the example inputs is not finite, so nothing can be verified", "Pass other inputs")
+        for outputs, which in ((dense, "model"), (masked, "masked model")):
+            if any(torch.isnan(t).any() or not torch.isfinite(t).any() for t in outputs if t.is_floating_point() and t.numel()):
+                what = f"the output of the {which} on the example inputs is not finite, so nothing can be verified"
+                raise InputError(what, "Pass other inputs")
         return _Reference(masked, difference(dense, masked), tolerance_for(masked))
 
     def _check(self, small: nn.Module, reference: _Reference) -> Check:
@@ -200,7 +215,7 @@ class _Surgeon:
 
     def _where(self, small: nn.Module, check: Check) -> str:
         try:
-            return first_difference(small, self.inputs, self.removal, self.masks, check.tolerance)
+            return first_difference(small, self.removal, self.masks, self.originals, check.tolerance)
         except GraphPruneError as error:
             return error.what
 
@@ -209,6 +224,7 @@ class _Surgeon:
     def _sliced(self) -> dict[str, torch.Tensor]:
         program = self.graph.engine.program
         tensors = {n: self.tensors.get(n, t) for n, t in program.tensors.items()}
+        tensors |= {n: t for n, t in self.tensors.items() if n not in program.aliases}
         kept = {n: self.positions.get(n, {}) for n in tensors}
         return {n: like(t, sliced(t, kept[n]) if kept[n] else t.detach().clone()) for n, t in tensors.items()}
 
@@ -253,11 +269,3 @@ class _Reference:
     masked: list[torch.Tensor]
     effect: float
     tolerance: float
-
-
-def _restore(tensors: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor], saved: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    """Puts a model that was shrunk in place back as it was."""
-    put_back(tensors, old)
-    for module, attributes in saved:
-        vars(module).clear()
-        vars(module).update(attributes)

@@ -72,6 +72,9 @@ CASES = [
     Case("native batch norm", lambda m, x: m.b(torch.native_batch_norm(m.a(x), m.w, m.v, m.running_mean, m.running_var, False, 0.1, 1e-5)[0]),
          {"a": conv(3, 8), "w": table(8), "v": table(8), "running_mean": torch.zeros(8), "running_var": torch.ones(8), "b": conv(8, 4)},
          [f"8 exact: {A} b.weight/1 running_mean/0 running_var/0 v/0 w/0"], kind="module"),
+    Case("weight norm", lambda m, x: m.b(torch.relu(torch._weight_norm(m.v, m.g).expand(x.shape[0], -1, -1) @ x.transpose(1, 2)).mean(2)),
+         {"v": table(8, 4), "g": table(8, 1), "b": nn.Linear(8, 4)}, ["8 exact: b.weight/1 g/0 v/0"], inputs=sequences, kind="module",
+         reference="never"),
     Case("local response norm", lambda m, x: m.b(functional.local_response_norm(m.a(x), 3)), {"a": conv(3, 8), "b": conv(8, 4)}, [],
          {"a.weight/0": "("}),
 ]  # fmt: skip

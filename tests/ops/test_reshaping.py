@@ -39,7 +39,7 @@ def heads(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 ROWS = ["2 exact block: a.bias/0*4 a.weight/0*4 b.weight/1*4", "4 exact within: a.bias/0*2 a.weight/0*2 b.weight/1*2"]
-SHUFFLED = ["4 exact block: a.bias/0*2 a.weight/0*2 b.weight/1*2", "2 exact within: a.bias/0*4 a.weight/0*4 b.weight/1*4"]
+SHUFFLED = ["2 exact block: a.bias/0*4 a.weight/0*4 b.weight/1*4", "4 exact within: a.bias/0*2 a.weight/0*2 b.weight/1*2"]
 
 CASES = [
     flat("flatten", lambda x: x.flatten(1), [f"8 exact: {A} b.weight/1*36"], kind="module"),
@@ -89,10 +89,10 @@ CASES = [
     through("repeat_interleave by a table", lambda x: x.repeat_interleave(torch.tensor([1, 2] * 4), 1), 12, [],
             frozen={"a.weight/0": "not a literal"}, unknown=[("aten::repeat_interleave", "", 8)]),
     through("shuffle", lambda x: shuffle(x, 2), groups=SHUFFLED),
-    through("shuffle and cut", lambda x: shuffle(x, 2)[:, :4], 4, ["2 exact block: a.bias/0*2 a.weight/0*2 b.weight/1*2",
-            "2 exact within: a.bias/0*2 a.weight/0*2", "2 exact within: a.bias/0*4 a.weight/0*4 b.weight/1*2"]),
+    through("shuffle and cut", lambda x: shuffle(x, 2)[:, :4], 4, ["2 exact within: a.bias/0*2 a.weight/0*2 b.weight/1*2",
+            "2 exact within: a.bias/0*2 a.weight/0*2", "2 exact block: a.bias/0*4 a.weight/0*4 b.weight/1*2"]),
     through("channel_shuffle", lambda x: functional.channel_shuffle(x, 4),
-            groups=["2 exact block: a.bias/0*4 a.weight/0*4 b.weight/1*4", "4 exact within: a.bias/0*2 a.weight/0*2 b.weight/1*2"]),
+            groups=["4 exact block: a.bias/0*2 a.weight/0*2 b.weight/1*2", "2 exact within: a.bias/0*4 a.weight/0*4 b.weight/1*4"]),
     through("native_channel_shuffle", lambda x: torch.native_channel_shuffle(x, 2), groups=SHUFFLED, trainable=False),
     through("pixel_shuffle", lambda x: functional.pixel_shuffle(x, 2), 2, ["2 exact: a.bias/0*4 a.weight/0*4 b.weight/1"], kind="module"),
     through("pixel_unshuffle", lambda x: functional.pixel_unshuffle(x, 3), 72, [f"8 exact: {A} b.weight/1*9"], kind="module"),

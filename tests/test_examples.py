@@ -1,0 +1,110 @@
+"""The examples: each runs from any folder, writes only where it was told to, and shows what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+EXAMPLES: Final = sorted((ROOT / "examples").glob("*.py"))
+SECONDS: Final = 120  # far above what any of them takes, even on a busy machine
+
+# What an example must print, as patterns, and the files that it must write.
+PROMISES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "config_lists": (
+        (r"conv1: keeps 16 of 16; conv1 is excluded", r"fc1: keeps 8 of 40", r"differ by \d\.\de-(0[6-9]|1\d)|differ by 0\.0e\+00",
+         r"refused: .*'conv3'.*did you mean 'conv2'\?"),
+        ("masks.safetensors",),
+    ),
+    "custom_operator": (
+        (r"example::channel_gain freezes 16 channels", r"with a rule: 1 group of 16 channels", r"gain has 8 of 16 entries"),
+        ("small.safetensors",),
+    ),
+    "inspect_dependencies": (
+        (r"  stem: 16 channels, exact", r"norm\.weight dim 0, 2 per channel, first \[0, 16\]", r"has one position picked by a literal",
+         r"Order of the layers: stem inner outer depthwise norm gate head"),
+        ("dependencies.json",),
+    ),
+    "prune_residual": (
+        (r"parameters .*75,370 .*19,258", r"Verified: error", r"small is \d+\.\d\d times as fast as dense"),
+        ("dense.onnx", "small.onnx"),
+    ),
+    "prune_then_finetune": (
+        (r"dense: +\d+\.\d%", r"recalibrated: +\d+\.\d%", r"fine-tuned: +(\d+\.\d%)(.|\n)*loaded again: \1; ResidualNetwork"),
+        ("small.safetensors",),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of an example.
+
+    Attributes:
+        printed: what it printed.
+        written: names of the files in the folder that it was given.
+        strayed: names of the files in the folder that it was started in.
+    """
+
+    printed: str
+    written: list[str]
+    strayed: list[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Returns a function that runs an example on one core, once in all tests; it must exit with 0."""
+
+    @cache
+    def once(name: str) -> Run:
+        here = tmp_path_factory.mktemp(name)
+        out = tmp_path_factory.mktemp("results") / "new" / "out"
+        command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--out", str(out)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(  # noqa: S603 - our own files
+            command, cwd=here, env=environment, capture_output=True, encoding="utf-8", timeout=SECONDS, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return Run(done.stdout, *(sorted(file.name for file in folder.iterdir()) for folder in (out, here)))
+
+    return once
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, run: Callable[[str], Run]) -> None:
+    """An example exits with 0, prints its essential lines, and writes its files into --out and nothing beside itself."""
+    done = run(path.stem)
+    patterns, files = PROMISES[path.stem]
+    for pattern in patterns:
+        assert re.search(pattern, done.printed), f"{pattern!r} is not in:\n{done.printed}"
+    assert done.written == sorted(files)
+    assert done.strayed == []
+
+
+def test_every_example_promises_something() -> None:
+    """There is an entry above for every file in examples/, and none for a file that is gone."""
+    assert [path.stem for path in EXAMPLES] == sorted(PROMISES)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_says_how_to_start_it(path: Path) -> None:
+    """The docstring of an example holds the command that runs it."""
+    assert f"python examples/{path.name} [--out DIR]" in path.read_text(encoding="utf-8")
+
+
+def test_fine_tuning_recovers(run: Callable[[str], Run]) -> None:
+    """The accuracies tell the story of the example: pruning hurts, new statistics help, training brings most of it back."""
+    found = re.findall(r"^(dense|pruned|recalibrated|fine-tuned): +(\d+\.\d)%", run("prune_then_finetune").printed, re.MULTILINE)
+    accuracy = {stage: float(value) for stage, value in found}
+    assert accuracy["dense"] > 95
+    assert accuracy["pruned"] < accuracy["recalibrated"] - 20
+    assert accuracy["fine-tuned"] > 85
