@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphprune.errors import GraphPruneError
-from graphprune.graph import DependencyGraph, Frozen, Group, Role, Slice
+from graphprune.graph import DependencyGraph, Group, Role, Slice
 from graphprune.labelling import Analysis, extend, label
-from graphprune.labels import FROZEN, NO_REASON, Ids, LabelTable
+from graphprune.labels import FROZEN, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Value, Why
+from graphprune.provenance import dataflow, frozen_positions
 from graphprune.tracing import Program, record
 
 if TYPE_CHECKING:
@@ -89,14 +90,14 @@ def gather(analysis: Analysis) -> DependencyGraph:
     ordered |= {n: "Parameter" for n in analysis.parameters if n in owners}
     return DependencyGraph(
         groups=tuple(groups),
-        frozen=tuple(_frozen(groups, analysis)),
+        frozen=tuple(frozen_positions(groups, analysis)),
         unknown=tuple(analysis.unknown),
         layers=ordered,
         modules={n: type(m).__name__ for n, m in program.modules.items()},
         shapes={n: v.shape for n, v in analysis.parameters.items()}
         | {n: tuple(program.modules[""].get_parameter(n).shape) for n in program.unused},
         aliases=program.aliases,
-        edges=tuple(_edges(analysis)),
+        edges=tuple(dataflow(analysis)),
         seconds={},
         engine=analysis,
     )
@@ -244,9 +245,15 @@ def _groups(footprint: _Footprint, analysis: Analysis) -> list[Group]:
         slices.sort(key=lambda s: (not s.produces, order.get(s.parameter, 0)))
         position = order.get(slices[0].parameter, 0)
         raw.append((position, _by_position(causes, slices[0]), [_reordered(s, slices[0]) for s in slices]))
-    raw.sort(key=lambda item: (item[0], int(item[2][0].index.min())))
+    raw.sort(key=_rank)
     names: dict[str, int] = {}
     return [_group(causes, slices, names, changed, roles) for _, causes, slices in raw]
+
+
+def _rank(item: tuple[int, Ids, list[Slice]]) -> tuple[Any, ...]:
+    """Orders groups by the program, then by position, then wide channels first: the same at every batch size."""
+    first, _, slices = item
+    return first, int(slices[0].index.min()), [(s.parameter, s.dim, -s.index.shape[1]) for s in slices], slices[0].index[:, 0].tolist()
 
 
 def _slices(causes: Ids, spans: dict[int, tuple[int, int]], footprint: _Footprint) -> list[Slice]:
@@ -320,86 +327,3 @@ def _slot_order(analysis: Analysis) -> dict[str, int]:
                 if source.op == "get_attr":
                     order.setdefault(str(source.target), i)
     return order
-
-
-# -- what is frozen --------------------------------------------------------------------------------------------------------------
-
-
-def _frozen(groups: list[Group], analysis: Analysis) -> list[Frozen]:
-    """Returns every position of every parameter dimension that is in no group, with the reason."""
-    owned: dict[tuple[str, int], list[Ids]] = {}
-    for group in groups:
-        for s in group.slices:
-            owned.setdefault((s.parameter, s.dim), []).append(s.index.ravel())
-    out: list[Frozen] = []
-    users = _first_users(analysis)
-    for name, value in analysis.parameters.items():
-        for d, size in enumerate(value.shape):
-            free = np.ones(size, dtype=bool)
-            for index in owned.get((name, d), ()):
-                free[index] = False
-            if free.any():
-                out += _explained(name, d, np.flatnonzero(free), value.labels[d], analysis, users)
-    for name in analysis.program.unused:
-        shape = analysis.program.modules[""].get_parameter(name).shape
-        out += [Frozen(name, d, np.arange(n), "takes no part in the forward pass that was recorded") for d, n in enumerate(shape)]
-    return out
-
-
-def _explained(name: str, d: int, index: Ids, labels: Any, analysis: Analysis, users: dict[str, tuple[str, str]]) -> list[Frozen]:
-    if labels is None or labels is UNBOUND:
-        why = analysis.unbound.get((name, d))
-        operator_, module = users.get(name, ("", ""))
-        shape = analysis.parameters[name].shape
-        text = why.text if why else _why_unlabelled(shape, d)
-        return [Frozen(name, d, index, text, why.operator if why else operator_, module, why.remedy if why else "")]
-    numbers = analysis.table.reasons(labels[index])
-    out = []
-    for number in np.unique(numbers).tolist():
-        where = index[numbers == number]
-        if number == NO_REASON:
-            out.append(Frozen(name, d, where, "meets positions that are made of nothing removable (padding, an input, a literal)"))
-        else:
-            why = analysis.reasons[number]
-            out.append(Frozen(name, d, where, why.text, why.operator, why.module, why.remedy))
-    return out
-
-
-def _why_unlabelled(shape: tuple[int, ...], d: int) -> str:
-    if shape[d] == 1:
-        return "has size 1"
-    if d > 1:
-        return "is a kernel position, or meets batch or space"
-    return "meets an input of the model, batch, space or a literal"
-
-
-def _first_users(analysis: Analysis) -> dict[str, tuple[str, str]]:
-    """Returns parameter -> (operator, module) that reads it first."""
-    out: dict[str, tuple[str, str]] = {}
-    for node in analysis.program.graph.nodes:
-        if node in analysis.notes:
-            target: Any = node.target
-            for source in node.all_input_nodes:
-                if source.op == "get_attr":
-                    out.setdefault(str(source.target), (target._schema.name, node.meta["module"]))  # noqa: SLF001 (documented)
-    return out
-
-
-def _edges(analysis: Analysis) -> list[tuple[str, str, str]]:
-    """Returns layer-level dataflow: which layer's result reaches which layer without passing through another."""
-    sources: dict[fx.Node, tuple[str, ...]] = {}
-    edges: dict[tuple[str, str], str] = {}
-    for node in analysis.program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        incoming = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in sources.get(n, ())))
-        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        owners = [name.rpartition(".")[0] for name in read if name in analysis.parameters]
-        if owners and node in analysis.notes:
-            for source in incoming:
-                if source != owners[0]:
-                    target: Any = node.target
-                    edges.setdefault((source, owners[0]), target._schema.name)  # noqa: SLF001 (documented)
-            incoming = (owners[0],)
-        sources[node] = incoming
-    return [(a, b, o) for (a, b), o in edges.items()]

@@ -15,15 +15,14 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphprune.contexts import below_autograd, module_paths, whole_attention
 from graphprune.errors import GraphPruneError, InputError, TraceError
 from graphprune.inputs import Inputs, normalise, undisturbed
 from graphprune.ops import rule_for
@@ -81,13 +80,13 @@ def record(
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    with undisturbed(model), _whole_attention(), _below_autograd():
+    with undisturbed(model), whole_attention(), below_autograd():
         recorder = _Recorder(model, inputs, on_value, on_call)
         args, kwargs = recorder.bind_inputs()
         for module in model.modules():
             module.training = training
         try:
-            with _module_paths(recorder), recorder:
+            with module_paths(recorder.paths, recorder.entered, recorder.left), recorder:
                 output = model(*args, **kwargs)
         except GraphPruneError:
             raise
@@ -185,8 +184,14 @@ class _Recorder(TorchDispatchMode):
             part.meta.update(module="", shapes=[], placeholder=True)
             self._bind(part, item)
 
+    def entered(self, path: str) -> None:
+        """Notes that a module runs now."""
+        self.ran[path] = None
+        self.stack.append(path)
+
     def left(self, path: str) -> None:
         """Notes that a module was left; where an exception passes through several, the first of them is where it was raised."""
+        self.stack.pop()
         error = sys.exc_info()[1]
         if error is not None and self._failure[0] != id(error):
             self._failure = (id(error), path)
@@ -363,46 +368,3 @@ def _argument_names(model: nn.Module, positional: int, keywords: list[str]) -> l
 def _follows_placeholder(node: fx.Node) -> bool:
     """Returns whether the next node is a placeholder as well."""
     return node.next.op == "placeholder"
-
-
-@contextmanager
-def _module_paths(recorder: _Recorder) -> Iterator[None]:
-    """Keeps the recorder's stack of module paths while modules call each other."""
-
-    def enter(module: nn.Module, _args: object) -> None:
-        path = recorder.paths.get(id(module))
-        if path is not None:
-            recorder.ran[path] = None
-            recorder.stack.append(path)
-
-    def leave(module: nn.Module, _args: object, _output: object) -> None:
-        if id(module) in recorder.paths and recorder.stack:
-            recorder.left(recorder.stack.pop())
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _below_autograd() -> Iterator[None]:
-    """Lets operators reach the recorder before PyTorch decomposes them, which it does on the way through autograd.
-
-    `torch.inference_mode` has that effect too, but its tensors could never be trained with if a cache outside the model kept one.
-    """
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 (no public spelling)
-        yield
-
-
-@contextmanager
-def _whole_attention() -> Iterator[None]:
-    """Turns off the fused inference path of `nn.MultiheadAttention`, which hides the operators that it runs."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

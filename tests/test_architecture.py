@@ -20,7 +20,7 @@ LAYERS = (
     {"errors", "graph", "config", "selectors"},
     {"labels", "inputs"},
     {"ops"},
-    {"tracing", "labelling", "groups"},
+    {"contexts", "tracing", "labelling", "provenance", "groups"},
     {"masks", "criteria", "budgets", "calibration", "cost", "pruners"},
     {"surgery", "verification", "recipes"},
     {"export", "latency", "pruning"},

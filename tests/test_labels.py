@@ -140,7 +140,7 @@ def test_meeting_what_is_frozen_freezes() -> None:
 
 
 def test_a_label_within_itself() -> None:
-    """x = {x, y} can only hold where y is nothing."""
+    """An equality x = {x, y} can only hold where y is nothing."""
     table = LabelTable()
     x, y = table.fresh(1), table.fresh(1)
     assert table.unify(x, table.product(x, y), 3) == 1

@@ -39,7 +39,7 @@ def slice_(op: Op) -> Labels:
 
 
 def _list(op: Op, x: Value, dim: int, positions: torch.Tensor, whole: Dim) -> None:
-    """Says that once any of `whole` goes, the positions are listed: steps, and bounds counted from the end, shift with what follows them."""
+    """Says that once any of `whole` goes, positions are listed: steps, and bounds counted from the end, shift with what follows."""
     op.become(torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": positions})
     op.remap("index", whole)
 

@@ -84,22 +84,25 @@ CASES = [
     with_("empty", lambda x: x + torch.empty(6, dtype=x.dtype).fill_(0.1)),
     with_("triangles", lambda x: x + torch.tril_indices(3, 3).sum() + torch.triu_indices(3, 3)[0].sum()),
     with_("made like another", lambda x: x + x.new_zeros(6) + x.new_ones(6, 1) + x.new_full((6, 6), 0.3) + x.new_empty(6).fill_(0.2)),
-    with_("made with its number of channels", lambda x: x + x.new_zeros(x.shape[1], 1, 1), [], kind=None, frozen={"a.weight/0": "cannot shrink"}),
+    with_("made with its number of channels", lambda x: x + x.new_zeros(x.shape[1], 1, 1), [], kind=None,
+         frozen={"a.weight/0": "cannot shrink"}),
     with_("tensor of numbers", lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=x.dtype)),
     with_("comparison of tensors", lambda x: x if torch.equal(x, x * 2) else x + 1, [], frozen={"a.weight/0": "aten::equal"}, kind=None),
     with_("number of positions", lambda x: x * x.nonzero().shape[1], [], frozen={"a.weight/0": DECIDES}, kind=None),
     with_("values by mask", lambda x: x + x.masked_select(x > 0.1).mean(), [], frozen={"a.weight/0": DECIDES}, kind=None, any_batch=False),
     with_("histogram", lambda x: x + x.histc(4)[0], [], frozen={"a.weight/0": "aten::histc"}, kind=None, trainable=False),
     with_("counts", lambda x: x + x.argmax(2).flatten().bincount()[0], [], frozen={"a.weight/0": "aten::bincount"}, kind=None),
-    with_("distinct values", lambda x: x + x.unique().shape[0] * 0, [], frozen={"a.weight/0": "aten::_unique2"}, kind=None, any_batch=False),
+    with_("distinct values", lambda x: x + x.unique().shape[0] * 0, [], frozen={"a.weight/0": "aten::_unique2"}, kind=None,
+         any_batch=False),
     Case("one_hot", lambda m, x: m.c(torch.relu(m.a(x)) + m.p(nn.functional.one_hot(x.argmax(2), 4).double())), {"a": nn.Linear(4, 8),
          "p": nn.Linear(4, 8), "c": nn.Linear(8, 4)}, [f"8 exact: {A} c.weight/1 p.bias/0 p.weight/0"], inputs=sequences, kind="module"),
-    unknown("custom operator", lambda x: torch.ops.graphprune_tests.swap(x), "graphprune_tests::swap", trainable=False),
+    unknown("custom operator", torch.ops.graphprune_tests.swap, "graphprune_tests::swap", trainable=False),
     unknown("Fourier transform", lambda x: torch.fft.fft(x).abs(), "aten::_fft_r2c"),
     unknown("matrix inverse", lambda x: torch.linalg.inv_ex(x @ x.mT + torch.eye(6))[0], "aten::linalg_inv_ex"),
     unknown("triangle", lambda x: x.tril(), "aten::tril"),
     Case("custom operator on a parameter", lambda m, x: m.c(torch.relu(m.a(x)) + torch.ops.graphprune_tests.swap(m.p)), {"a": conv(3, 8),
-         "c": conv(8, 4), "p": table(1, 8, 1, 1)}, [], {"p/1": "graphprune_tests::swap"}, [("graphprune_tests::swap", "", 0)], trainable=False),
+         "c": conv(8, 4), "p": table(1, 8, 1, 1)}, [], {"p/1": "graphprune_tests::swap"}, [("graphprune_tests::swap", "", 0)],
+         trainable=False),
 ]  # fmt: skip
 
 NOISE = with_("noise", noisy, kind=None, reference="never")
@@ -116,7 +119,7 @@ def test_inverse_with_its_check() -> None:
     """The matrix inverse is named as the operator without a rule that freezes the 8 channels."""
     case = next(c for c in CASES if c.name == "matrix inverse")
     model = case.build()
-    model.get_submodule("u").operator = lambda x: torch.linalg.inv(x @ x.mT + torch.eye(6))
+    model.get_submodule("u").operator = lambda x: torch.linalg.inv(x @ x.mT + torch.eye(6))  # type: ignore[assignment]
     found = gp.trace(model, case.inputs(2)).unknown
     assert ("aten::linalg_inv_ex", "u", 8) in {(u.operator, u.module, u.channels) for u in found}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -32,12 +33,19 @@ def parted(name: str, first: int, run: Any, groups: list[str], **options: Any) -
     return Case(name, lambda m, x: run(m, torch.relu(m.a(x))), parts, groups, **options)
 
 
+def both(m: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the sum of what two layers make of two pieces."""
+    first, second = pieces
+    out: torch.Tensor = m.b(first) + m.c(second)
+    return out
+
+
 def halves(first: int) -> list[str]:
     """Returns the groups of a cut into two pieces that go separate ways."""
     return [f"{first} exact: {A} b.weight/1", f"{8 - first} exact: {A} c.weight/1"]
 
 
-def write(m: Any, x: torch.Tensor) -> torch.Tensor:
+def write(_: Any, x: torch.Tensor) -> torch.Tensor:
     """Returns x, with values written over some positions."""
     return x.index_copy(1, torch.tensor([0, 1]), x[:, 2:4])
 
@@ -59,36 +67,41 @@ CASES = [
     pick(lambda _, x: x[:, 5].unsqueeze(1), 1, [], "select", frozen={"a.weight/0": "position picked by a literal (aten::select)"}),
     pick(lambda _, x: x[:, :, 0:1].expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "slice of rows"),
     pick(lambda _, x: x[:, :, 2].unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "select of space"),
-    pick(lambda _, x: x.unbind(1)[3].unsqueeze(1), 1, [], "unbind", frozen={"a.weight/0": "taken apart position by position (aten::unbind)"}),
+    pick(lambda _, x: x.unbind(1)[3].unsqueeze(1), 1, [], "unbind",
+         frozen={"a.weight/0": "taken apart position by position (aten::unbind)"}),
     pick(lambda _, x: sum(x.unbind(2)).unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "unbind of space"),
     parted("chunk", 4, lambda m, x: m.b(x.chunk(2, 1)[0]) + m.c(x.chunk(2, 1)[1]), halves(4)),
     parted("chunk of unequal pieces", 3, lambda m, x: m.b(x.chunk(3, 1)[0]) + m.c(torch.cat(x.chunk(3, 1)[1:], 1)),
            [f"3 exact: {A} b.weight/1", f"3 exact: {A} c.weight/1", f"2 exact: {A} c.weight/1"]),
-    parted("chunk along a negative dimension", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*x.chunk(2, -3)), halves(4)),
-    parted("split", 3, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*x.split([3, 5], 1)), halves(3), kind="graph"),
-    parted("split into equal pieces", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*x.split(4, 1)), halves(4)),
-    parted("tensor_split", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.tensor_split(x, 2, 1)), halves(4)),
-    parted("tensor_split at places", 3, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.tensor_split(x, [3], 1)), halves(3)),
-    parted("unsafe_split", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.unsafe_split(x, 4, 1)), halves(4)),
-    parted("unsafe_chunk", 4, lambda m, x: (lambda p, q: m.b(p) + m.c(q))(*torch.unsafe_chunk(x, 2, 1)), halves(4)),
+    parted("chunk along a negative dimension", 4, lambda m, x: both(m, x.chunk(2, -3)), halves(4)),
+    parted("split", 3, lambda m, x: both(m, x.split([3, 5], 1)), halves(3), kind="graph"),
+    parted("split into equal pieces", 4, lambda m, x: both(m, x.split(4, 1)), halves(4)),
+    parted("tensor_split", 4, lambda m, x: both(m, torch.tensor_split(x, 2, 1)), halves(4)),
+    parted("tensor_split at places", 3, lambda m, x: both(m, torch.tensor_split(x, [3], 1)), halves(3)),
+    parted("unsafe_split", 4, lambda m, x: both(m, torch.unsafe_split(x, 4, 1)), halves(4)),
+    parted("unsafe_chunk", 4, lambda m, x: both(m, torch.unsafe_chunk(x, 2, 1)), halves(4)),
     parted("chunk, swap, cat", 4, lambda m, x: m.d(torch.cat(x.chunk(2, 1)[::-1], 1)) + m.b(x[:, 4:]),
            [f"4 exact: {A} d.weight/1", f"4 exact: {A} b.weight/1 d.weight/1"], extra={"d": conv(8, 4), "c": nn.Identity()}),
     pick(lambda m, x: x.index_select(1, m.table), 4, INNER, "index_select with a buffer", extra={"table": torch.tensor([6, 1, 3, 4])}),
-    pick(lambda m, x: x.index_select(-3, m.table), 4, INNER, "index_select, negative dimension", extra={"table": torch.tensor([6, 1, 3, 4])}),
+    pick(lambda m, x: x.index_select(-3, m.table), 4, INNER, "index_select, negative dimension", extra={"table": torch.tensor([6, 1, 3,
+         4])}),
     pick(lambda _, x: x[:, [6, 1, 3, -4]], 4, INNER, "list of positions", kind="graph"),
     pick(lambda _, x: x[:, [6, 1, 6, 1]], 4, [f"2 exact: {A} b.weight/1*2 c.weight/1", f"6 exact: {A} c.weight/1"], "repeated positions"),
     pick(lambda m, x: x[:, m.table], 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "permutation by a buffer",
          extra={"table": torch.tensor([3, 1, 0, 2, 7, 5, 6, 4])}, kind="graph"),
-    pick(lambda _, x: x[:, [True, False] * 4], 4, [], "mask of positions", frozen={"a.weight/0": "looked up by position computed at run time (aten::index)"}),
+    pick(lambda _, x: x[:, [True, False] * 4], 4, [], "mask of positions",
+         frozen={"a.weight/0": "looked up by position computed at run time (aten::index)"}),
     pick(lambda _, x: x[:, x.mean((0, 2, 3)).argsort()], 8, [], "computed positions", frozen={"a.weight/0": "("}),
-    pick(lambda _, x: x[:, [0, 1], [2, 3]].unsqueeze(3).expand(-1, -1, -1, 6), 2, [], "two lists", frozen={"a.weight/0": "looked up by position (aten::index)"}),
+    pick(lambda _, x: x[:, [0, 1], [2, 3]].unsqueeze(3).expand(-1, -1, -1, 6), 2, [], "two lists",
+         frozen={"a.weight/0": "looked up by position (aten::index)"}),
     pick(lambda _, x: x[:, :, [5, 4, 3, 2, 1, 0]], 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "list of rows", kind="module"),
     Case("embedding", lambda m, x: m.b(torch.relu(m.e(x))), {"e": nn.Embedding(11, 8), "b": nn.Linear(8, 4)},
          ["8 exact: b.weight/1 e.weight/1"], {"e.weight/0": "aten::embedding in e"}, inputs=words, kind="module"),
     Case("embedding of computed positions", lambda m, x: m.b(torch.relu(m.e(x.long().abs() % 11))).mean(2),
          {"e": nn.Embedding(11, 8), "b": nn.Linear(8, 4)}, ["8 exact: b.weight/1 e.weight/1"], inputs=sequences, kind="module"),
     Case("table of positions", lambda m, x: m.b(torch.relu(m.a(x) + m.p[m.i])), {"a": nn.Linear(4, 8), "b": nn.Linear(8, 4),
-         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])}, [f"8 exact: {A} b.weight/1 p/1", "5 exact: p/0"], inputs=sequences, kind="module"),
+         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])}, [f"8 exact: {A} b.weight/1 p/1", "5 exact: p/0"], inputs=sequences,
+         kind="module"),
     pick(lambda m, x: x.gather(1, m.table.expand(x.shape[0], 2, 6, 6)), 2, [], "gather", extra={"table": torch.tensor([[[[1]], [[3]]]])},
          frozen={"a.weight/0": "looked up by position (aten::gather)"}),
     pick(lambda _, x: x.gather(3, torch.arange(6).flip(0).expand(x.shape)), 8, [], "gather in space"),

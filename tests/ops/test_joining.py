@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.support.operators import Case, check, conv, sequences, table
+from tests.support.operators import Case, check, conv, let, sequences, table
 
 A, B = "a.bias/0 a.weight/0", "b.bias/0 b.weight/0"
 TWO = {"a": conv(3, 6), "b": conv(3, 8), "c": conv(14, 4)}
@@ -23,7 +23,8 @@ def dense(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     seen = [layers[0](x)]
     for layer in layers[1:]:
         seen.append(layer(torch.relu(torch.cat(seen, 1))))
-    return seen[-1]
+    out: torch.Tensor = seen[-1]
+    return out
 
 
 CASES = [
@@ -35,9 +36,9 @@ CASES = [
          [f"8 exact: {A} c.weight/1"], {"c.weight/1": "made of nothing removable"}, kind="module"),
     Case("cat with a literal", lambda m, x: m.c(torch.cat([m.a(x), torch.ones_like(x)], 1)), {"a": conv(3, 8), "c": conv(11, 4)},
          [f"8 exact: {A} c.weight/1"], kind="module"),
-    Case("cat of one tensor twice", lambda m, x: m.c((lambda y: torch.cat([y, y], 1))(m.a(x))), {"a": conv(3, 8), "c": conv(16, 4)},
+    Case("cat of one tensor twice", lambda m, x: m.c(let(m.a(x), lambda y: torch.cat([y, y], 1))), {"a": conv(3, 8), "c": conv(16, 4)},
          [f"8 exact: {A} c.weight/1*2"], kind="module"),
-    Case("cat of one tensor in two forms", lambda m, x: m.c((lambda y: torch.cat([torch.relu(y), y.flip(1)], 1))(m.a(x))),
+    Case("cat of one tensor in two forms", lambda m, x: m.c(let(m.a(x), lambda y: torch.cat([torch.relu(y), y.flip(1)], 1))),
          {"a": conv(3, 8), "c": conv(16, 4)}, [f"8 exact: {A} c.weight/1*2"], kind="module"),
     Case("cat along the batch", lambda m, x: m.c(torch.cat([torch.relu(m.a(x)), m.b(x)], 0)), TWINS, COUPLED, kind="module"),
     Case("cat along space", lambda m, x: m.c(torch.cat([torch.relu(m.a(x)), m.b(x)], -1)), TWINS, COUPLED, kind="module"),

@@ -36,7 +36,8 @@ def with_(operator: Any, name: str, groups: list[str], *shape: int, **options: A
 
 
 CASES = [
-    Case("linear", lambda m, x: m.b(torch.relu(m.a(x))), LAYERS, PLAIN, {"a.weight/1": "input of the model", "b.bias/0": "reaches an output"},
+    Case("linear", lambda m, x: m.b(torch.relu(m.a(x))), LAYERS, PLAIN, {"a.weight/1": "input of the model",
+         "b.bias/0": "reaches an output"},
          inputs=vectors, kind="module"),
     Case("linear without bias", lambda m, x: m.b(torch.relu(m.a(x))), {"a": nn.Linear(4, 8, bias=False), "b": nn.Linear(8, 4, bias=False)},
          ["8 exact: a.weight/0 b.weight/1"], inputs=sequences, kind="module"),
@@ -69,7 +70,8 @@ CASES = [
     Case("addmv", lambda m, x: m.b(torch.relu(torch.addmv(m.v, m.w, torch.relu(m.a(x))))), LAYERS | {"w": table(8, 8), "v": table(8)},
          [f"8 exact: {A} w/1", "8 exact: b.weight/1 v/0 w/0"], inputs=lambda _: normal(4), any_batch=False, kind="module"),
     Case("baddbmm", lambda m, x: m.b(torch.relu(torch.baddbmm(m.v, torch.relu(m.a(x)), m.w.expand(x.shape[0], -1, -1)))),
-         LAYERS | {"w": table(1, 8, 8), "v": table(8)}, [f"8 exact: {A} w/1", "8 exact: b.weight/1 v/0 w/2"], inputs=sequences, kind="module"),
+         LAYERS | {"w": table(1, 8, 8), "v": table(8)}, [f"8 exact: {A} w/1", "8 exact: b.weight/1 v/0 w/2"], inputs=sequences,
+         kind="module"),
     Case("bmm of activations", products, {"a": nn.Linear(4, 8), "b": nn.Linear(4, 8)}, [f"8 exact: {A} {B}"], inputs=sequences,
          kind="module"),
     Case("matmul of activations that are not zero", lambda m, x: torch.sigmoid(m.a(x)) @ torch.sigmoid(m.b(x)).transpose(1, 2),

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.support.operators import Case, check, conv, normal, sequences, table
+from tests.support.operators import Case, check, conv, let, normal, sequences, table
 
 A = "a.bias/0 a.weight/0"
 NORM = "norm.bias/0 norm.weight/0"
 STATISTICS = "norm.running_mean/0 norm.running_var/0"
 
 
-def spatial(name: str, norm: nn.Module, groups: list[str], **options: object) -> Case:
+def spatial(name: str, norm: nn.Module, groups: list[str], **options: Any) -> Case:
     """Returns a case with a norm between two convolutions."""
     return Case(name, lambda m, x: m.b(torch.relu(m.norm(m.a(x)))), {"a": conv(3, 8), "norm": norm, "b": conv(8, 4)}, groups,
-                kind="module", **options)  # type: ignore[arg-type]  # fmt: skip
+                kind="module", **options)  # fmt: skip
 
 
-def linear(name: str, norm: nn.Module, groups: list[str], width: int = 8, **options: object) -> Case:
+def linear(name: str, norm: nn.Module, groups: list[str], width: int = 8, **options: Any) -> Case:
     """Returns a case with a norm between two linear layers."""
-    parts = {"a": nn.Linear(4, width), "norm": norm, "b": nn.Linear(width, 4)}
-    return Case(name, lambda m, x: m.b(torch.tanh(m.norm(m.a(x)))), parts, groups, inputs=sequences, **options)  # type: ignore[arg-type]
+    parts = {"a": options.pop("layer", nn.Linear(4, width)), "norm": norm, "b": nn.Linear(width, 4)}
+    return Case(name, lambda m, x: m.b(torch.tanh(m.norm(m.a(x)))), parts, groups, inputs=sequences, **options)
 
 
 CASES = [
@@ -31,11 +33,13 @@ CASES = [
     spatial("batch norm without affine", nn.BatchNorm2d(8, affine=False), [f"8 exact: {A} b.weight/1 {STATISTICS}"]),
     spatial("batch norm of the batch", nn.BatchNorm2d(8, track_running_stats=False), [f"8 exact: {A} b.weight/1 {NORM}"]),
     spatial("instance norm", nn.InstanceNorm2d(8, affine=True), [f"8 exact: {A} b.weight/1 {NORM}"]),
-    Case("instance norm without parameters", lambda m, x: m.b(torch.relu(functional.instance_norm(m.a(x)))), {"a": conv(3, 8), "b": conv(8, 4)},
+    Case("instance norm without parameters", lambda m, x: m.b(torch.relu(functional.instance_norm(m.a(x)))), {"a": conv(3, 8), "b": conv(8,
+         4)},
          [f"8 exact: {A} b.weight/1"], kind="module"),
     spatial("instance norm with statistics", nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
             [f"8 exact: {A} b.weight/1 {NORM} {STATISTICS}"]),
-    spatial("group norm, 2 of 8", nn.GroupNorm(2, 8), [f"4 changed within: {A} b.weight/1 {NORM}".replace("/0", "/0*2").replace("/1", "/1*2"),
+    spatial("group norm, 2 of 8", nn.GroupNorm(2, 8), [f"4 changed within: {A} b.weight/1 {NORM}".replace("/0", "/0*2").replace("/1",
+         "/1*2"),
             f"2 exact block: {A} b.weight/1 {NORM}".replace("/0", "/0*4").replace("/1", "/1*4")]),
     spatial("group norm, one channel each", nn.GroupNorm(8, 8), [f"8 exact: {A} b.weight/1 {NORM}"]),
     spatial("group norm, one group", nn.GroupNorm(1, 8), [f"8 changed: {A} b.weight/1 {NORM}"]),
@@ -52,7 +56,8 @@ CASES = [
          "norm": nn.BatchNorm2d(8), "b": conv(8, 4)}, [f"8 exact: {A} b.weight/1 {NORM} {STATISTICS}"], kind="module"),
     linear("layer norm", nn.LayerNorm(8), [f"8 changed: {A} b.weight/1 {NORM}"], kind="module"),
     linear("layer norm without bias", nn.LayerNorm(8, bias=False), [f"8 changed: {A} b.weight/1 norm.weight/0"], kind="module"),
-    linear("layer norm without affine", nn.LayerNorm(8, elementwise_affine=False), [f"8 changed: {A} b.weight/1"], reference="never", kind="module"),
+    linear("layer norm without affine", nn.LayerNorm(8, elementwise_affine=False), [f"8 changed: {A} b.weight/1"], reference="never",
+         kind="module"),
     linear("rms norm", nn.RMSNorm(8), [f"8 changed: {A} b.weight/1 norm.weight/0"], kind="module"),
     Case("layer norm of two dimensions", lambda m, x: m.b(torch.tanh(m.norm(m.a(x).flatten(2)))), {"a": conv(3, 8),
          "norm": nn.LayerNorm([8, 36]), "b": nn.Conv1d(8, 4, 1)}, [f"8 changed: {A} b.weight/1 {NORM}"], kind="module"),
@@ -62,19 +67,21 @@ CASES = [
          [f"8 exact: {A} b.weight/1"], {"norm.weight/0": "("}, kind="module"),
     Case("layer norm of space, then a sum", lambda m, x: m.b(m.norm(torch.sigmoid(m.a(x))).sum(1, keepdim=True)), {"a": conv(3, 8),
          "norm": nn.LayerNorm(6), "b": conv(1, 4)}, [f"8 changed: {A}"], kind="module"),
-    Case("layer norm by hand", lambda m, x: m.b((lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + 1e-5).sqrt())(m.a(x))),
+    Case("layer norm by hand", lambda m, x: m.b(let(m.a(x), lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1,
+         keepdim=True) + 1e-5).sqrt())),
          {"a": nn.Linear(4, 8), "b": nn.Linear(8, 4)}, [f"8 changed: {A} b.weight/1"], inputs=sequences, kind="module"),
     Case("native layer norm", lambda m, x: m.b(torch.native_layer_norm(m.a(x), [8], m.w, m.v, 1e-5)[0]), {"a": nn.Linear(4, 8),
          "w": table(8), "v": table(8), "b": nn.Linear(8, 4)}, [f"8 changed: {A} b.weight/1 v/0 w/0"], inputs=sequences, kind="graph",
          reference="never"),
     Case("native group norm", lambda m, x: m.b(torch.native_group_norm(m.a(x), m.w, m.v, x.shape[0], 8, 36, 1, 1e-5)[0]), {"a": conv(3, 8),
          "w": table(8), "v": table(8), "b": conv(8, 4)}, [f"8 changed: {A} b.weight/1 v/0 w/0"], reference="never", kind="graph"),
-    Case("native batch norm", lambda m, x: m.b(torch.native_batch_norm(m.a(x), m.w, m.v, m.running_mean, m.running_var, False, 0.1, 1e-5)[0]),
+    Case("native batch norm", lambda m, x: m.b(torch.native_batch_norm(m.a(x), m.w, m.v, m.running_mean, m.running_var, False, 0.1,
+         1e-5)[0]),
          {"a": conv(3, 8), "w": table(8), "v": table(8), "running_mean": torch.zeros(8), "running_var": torch.ones(8), "b": conv(8, 4)},
          [f"8 exact: {A} b.weight/1 running_mean/0 running_var/0 v/0 w/0"], kind="module"),
-    Case("weight norm", lambda m, x: m.b(torch.relu(torch._weight_norm(m.v, m.g).expand(x.shape[0], -1, -1) @ x.transpose(1, 2)).mean(2)),
-         {"v": table(8, 4), "g": table(8, 1), "b": nn.Linear(8, 4)}, ["8 exact: b.weight/1 g/0 v/0"], inputs=sequences, kind="module",
-         reference="never"),
+    linear("weight norm", nn.Identity(),
+         ["8 exact: a.bias/0 a.parametrizations.weight.original0/0 a.parametrizations.weight.original1/0 b.weight/1"],
+           layer=nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), reference="never"),
     Case("local response norm", lambda m, x: m.b(functional.local_response_norm(m.a(x), 3)), {"a": conv(3, 8), "b": conv(8, 4)}, [],
          {"a.weight/0": "("}),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.support.operators import Case, check, conv, sequences, table
+from tests.support.operators import Case, check, conv, let, sequences, table
 
 A, B = "a.bias/0 a.weight/0", "b.bias/0 b.weight/0"
 ONE = [f"8 exact: {A} c.weight/1"]
@@ -30,7 +30,8 @@ def two(name: str, op: Any, groups: list[str] = TWO, **options: Any) -> Case:
 
 def excite(x: torch.Tensor, m: Any) -> torch.Tensor:
     """Returns the channels weighted by what they are on average."""
-    return x * torch.sigmoid(m.up(torch.relu(m.down(x.mean((2, 3), keepdim=True)))))
+    out: torch.Tensor = x * torch.sigmoid(m.up(torch.relu(m.down(x.mean((2, 3), keepdim=True)))))
+    return out
 
 
 def in_place(x: torch.Tensor, m: Any) -> torch.Tensor:
@@ -64,7 +65,8 @@ def filled(x: torch.Tensor) -> torch.Tensor:
 
 def masked(x: torch.Tensor, m: Any) -> torch.Tensor:
     """Returns x where a comparison holds."""
-    return x.masked_fill(x > 0.5, -1.0) * (x <= m.p).double()
+    out: torch.Tensor = x.masked_fill(x > 0.5, -1.0) * (x <= m.p).double()
+    return out
 
 
 GATES = "down.bias/0 down.weight/0 up.weight/1"
@@ -76,10 +78,11 @@ CASES = [
         functional.mish, functional.hardsigmoid, functional.logsigmoid, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.square,
         torch.sign, torch.erf, torch.sin, torch.neg, functional.relu6, functional.selu, functional.celu, functional.softsign)),
     one("clamp", lambda x, _: x.clamp(0.1, 0.7)), one("power", lambda x, _: x**3), one("reciprocal", lambda x, _: 1 / (x + 1)),
-    one("square root", lambda x, _: (x + 0.1).sqrt().log1p()), one("remainder", lambda x, _: x % 0.3), one("whole quotient", lambda x, _: x // 0.1, trainable=False),
+    one("square root", lambda x, _: (x + 0.1).sqrt().log1p()), one("remainder", lambda x, _: x % 0.3), one("whole quotient", lambda x,
+         _: x // 0.1, trainable=False),
     one("rounding", lambda x, _: (x * 4).round() + x.floor()), one("threshold", lambda x, _: functional.threshold(x, 0.2, 0.1)),
     one("dropout", lambda x, _: functional.dropout(functional.dropout2d(functional.alpha_dropout(x), training=False), training=False),
-        inner=lambda x: functional.feature_alpha_dropout(x)),
+        inner=functional.feature_alpha_dropout),
     one("copies", lambda x, _: x.clone().contiguous().to(torch.float32).to(torch.float64).detach().clone() + x.type_as(x)),
     one("one like it", lambda x, _: x + torch.ones_like(x) * torch.full_like(x, 0.3) + torch.zeros_like(x)),
     one("made like it in place", lambda x, _: x + torch.empty_like(x).fill_(0.3) + torch.empty_like(x).zero_().positive()),
@@ -92,7 +95,8 @@ CASES = [
     two("copy", lambda x, y: x.clone().copy_(y) + x), two("added in place", lambda x, y: x.clone().add_(y).relu_()),
     two("written into a slice", written, HALVES, kind=None), two("chain of residuals", lambda x, y: (x + y) + (x * y + x)),
     one("add of one channel for all", lambda x, m: x + m.s(x)[:, :1], [ONE[0] + " s.weight/1"], extra={"s": conv(8, 1)}),
-    Case("add of the input itself", lambda m, x: m.c(m.a(x) + x), {"a": conv(3, 3), "c": conv(3, 4)}, [], {"a.weight/0": "cannot shrink (aten::add)"}),
+    Case("add of the input itself", lambda m, x: m.c(m.a(x) + x), {"a": conv(3, 3), "c": conv(3, 4)}, [],
+         {"a.weight/0": "cannot shrink (aten::add)"}),
     Case("add of one input channel", lambda m, x: m.c(m.a(x) + x[:, :1]), {"a": conv(3, 8), "c": conv(8, 4)}, ONE, kind="module"),
     one("excitation", excite, [f"8 exact: {A} c.weight/1 down.weight/1 up.bias/0 up.weight/0", f"4 exact: {GATES}"],
         extra={"down": conv(8, 4, 1), "up": conv(4, 8, 1)}),
@@ -101,24 +105,28 @@ CASES = [
     one("parameter per channel and pixel", lambda x, m: x + m.p, [ONE[0] + " p/1"], extra={"p": table(1, 8, 6, 6)}),
     one("one number", lambda x, m: x * m.p, extra={"p": table(1)}, frozen={"p/0": "size 1"}),
     one("buffer per channel", lambda x, m: x * m.p, [ONE[0] + " p/0"], extra={"p": torch.rand(8, 1, 1, dtype=torch.float64) + 0.5}),
-    one("integer buffer per channel", lambda x, m: x * m.p, [], extra={"p": torch.arange(8).view(8, 1, 1)}, frozen={"a.weight/0": "aten::mul"},
+    one("integer buffer per channel", lambda x, m: x * m.p, [], extra={"p": torch.arange(8).view(8, 1, 1)},
+         frozen={"a.weight/0": "aten::mul"},
         kind=None),
-    one("literal per channel", lambda x, _: x * torch.arange(8, dtype=x.dtype).view(8, 1, 1), [], frozen={"a.weight/0": "aten::mul"}, kind=None),
+    one("literal per channel", lambda x, _: x * torch.arange(8, dtype=x.dtype).view(8, 1, 1), [], frozen={"a.weight/0": "aten::mul"},
+         kind=None),
     Case("layer scale", lambda m, x: m.c(torch.relu(m.a(x)) + m.p * m.b(torch.relu(m.a(x)))), {"a": nn.Linear(4, 8), "b": nn.Linear(8, 8),
          "p": table(8), "c": nn.Linear(8, 4)}, [f"8 exact: {A} {B} b.weight/1 c.weight/1 p/0"], inputs=sequences, kind="module"),
     one("prelu", lambda x, m: m.p(x), [ONE[0] + " p.weight/0"], inner=lambda x: x, extra={"p": nn.PReLU(8)}),
     one("prelu with one slope", lambda x, m: m.p(x), inner=lambda x: x, extra={"p": nn.PReLU()}),
-    one("prelu kernel", lambda x, m: torch._prelu_kernel(x, m.p), [ONE[0] + " p/1"], inner=lambda x: x, extra={"p": table(1, 8, 1, 1)}),
+    one("prelu kernel", lambda x, m: torch.ops.aten._prelu_kernel(x, m.p), [ONE[0] + " p/1"], inner=lambda x: x, extra={"p": table(1, 8, 1,
+         1)}),
     one("rrelu", lambda x, _: functional.rrelu(x), inner=lambda x: x),
-    one("glu", lambda x, _: functional.glu(x, 1), ["4 exact: a.bias/0*2 a.weight/0*2 c.weight/1"], inner=lambda x: x, extra={"c": conv(4, 4)}),
+    one("glu", lambda x, _: functional.glu(x, 1), ["4 exact: a.bias/0*2 a.weight/0*2 c.weight/1"], inner=lambda x: x, extra={"c": conv(4,
+         4)}),
     Case("glu of the last dimension", lambda m, x: m.c(functional.glu(m.a(x))), {"a": nn.Linear(4, 8), "c": nn.Linear(4, 4)},
          ["4 exact: a.bias/0*2 a.weight/0*2 c.weight/1"], inputs=sequences, kind="module"),
-    one("gate by halves", lambda x, _: (lambda p, q: p * q.sigmoid())(*x.chunk(2, 1)), ["4 exact: a.bias/0*2 a.weight/0*2 c.weight/1"],
+    one("gate by halves", lambda x, _: let(x.chunk(2, 1), lambda y: y[0] * y[1].sigmoid()), ["4 exact: a.bias/0*2 a.weight/0*2 c.weight/1"],
         extra={"c": conv(4, 4)}),
     one("chain in place", in_place, [ONE[0] + " p/0"], extra={"p": table(8, 1, 1)}, inner=lambda x: x),
     one("added into a slice", added, [f"4 exact: {A} c.weight/1", f"4 exact: {A} c.weight/1 p/0"], extra={"p": table(4, 1, 1)}, kind=None),
     one("literal written into a slice", lambda x, _: filled(x), [f"4 exact: {A} c.weight/1", f"4 exact: {A} c.weight/1"], kind=None),
-    one("complement", lambda x, _: 1 - x), two("complement of the other", lambda x, y: torch.rsub(x, y)),
+    one("complement", lambda x, _: 1 - x), two("complement of the other", torch.rsub),
     two("complex numbers", lambda x, y: torch.complex(x, y).abs() + torch.polar(x, y).real),
     one("masks", masked, [ONE[0] + " p/0"], extra={"p": table(8, 1, 1)}),
 ]  # fmt: skip
@@ -139,7 +147,9 @@ def overwritten(where: slice) -> Case:
         out: torch.Tensor = m.c(y)
         return out
 
-    return Case("written", run, {"a": conv(3, 8), "b": conv(3, 4), "c": conv(8, 4)}, [f"4 exact: {A} {B} c.weight/1", f"4 exact: {A} c.weight/1"])
+    return Case(
+        "written", run, {"a": conv(3, 8), "b": conv(3, 4), "c": conv(8, 4)}, [f"4 exact: {A} {B} c.weight/1", f"4 exact: {A} c.weight/1"]
+    )
 
 
 @pytest.mark.xfail(reason="a slice that became a list of positions is a copy, so what is written into it is lost", strict=True)

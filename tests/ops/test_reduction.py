@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.operators import Case, check, conv, table
+from tests.support.operators import Case, check, conv, let, table
 
 A = "a.bias/0 a.weight/0"
 KEPT, CHANGED = [f"8 exact: {A} b.weight/1"], [f"8 changed: {A} b.weight/1"]
@@ -22,7 +22,9 @@ def space(name: str, reduce: Any, **options: Any) -> Case:
 
 def gate(name: str, reduce: Any, groups: list[str], **options: Any) -> Case:
     """Returns a case that multiplies 8 channels with something made of all of them."""
-    return Case(name, lambda m, x: m.b((lambda y: y * reduce(y))(torch.relu(m.a(x)))), {"a": conv(3, 8), "b": conv(8, 4)}, groups, **options)
+    return Case(
+        name, lambda m, x: m.b(let(torch.relu(m.a(x)), lambda y: y * reduce(y))), {"a": conv(3, 8), "b": conv(8, 4)}, groups, **options
+    )
 
 
 def values(name: str, reduce: Any, groups: list[str], **options: Any) -> Case:
@@ -35,18 +37,21 @@ ALONE, ALONE_CHANGED = [f"8 exact: {A}"], [f"8 changed: {A}"]
 
 CASES = [
     space("mean", lambda x: x.mean((2, 3))), space("mean, negative,", lambda x: x.mean((-1, -2), keepdim=True).flatten(1)),
-    space("var", lambda x: x.var((2, 3))), space("std", lambda x: x.std((2, 3))), space("var_mean", lambda x: sum(torch.var_mean(x, (2, 3)))),
+    space("var", lambda x: x.var((2, 3))), space("std", lambda x: x.std((2, 3))), space("var_mean", lambda x: sum(torch.var_mean(x, (2,
+         3)))),
     space("std_mean", lambda x: sum(torch.std_mean(x, (2, 3)))), space("amax", lambda x: x.amax((2, 3))),
     space("amin", lambda x: x.amin((2, 3))), space("logsumexp", lambda x: x.logsumexp((2, 3))),
     space("prod", lambda x: x.sigmoid().prod(3).sum(2)), space("median", lambda x: x.median(3)[0].median(2)[0]),
     space("nanmean", lambda x: x.nanmean((2, 3))), space("sum", lambda x: x.sum((2, 3))), space("nansum", lambda x: x.nansum((2, 3))),
     space("norm", lambda x: x.flatten(2).norm(dim=2)), space("vector norm", lambda x: torch.linalg.vector_norm(x, dim=(2, 3))),
     space("count_nonzero", lambda x: (x - 0.4).relu().count_nonzero((2, 3)).double()), space("max", lambda x: x.max(3)[0].max(2)[0]),
-    space("min", lambda x: x.min(-1)[0].min(-1)[0]), space("any and all", lambda x: (x > 0.4).any(3).double().mean(2) + (x > 0).all(2).all(2)),
+    space("min", lambda x: x.min(-1)[0].min(-1)[0]), space("any and all",
+         lambda x: (x > 0.4).any(3).double().mean(2) + (x > 0).all(2).all(2)),
     space("argmax", lambda x: x.flatten(2).argmax(2).double()), space("argmin", lambda x: x.argmin(3).double().mean(2)),
     space("topk", lambda x: x.flatten(2).topk(3)[0].sum(2)), space("sort", lambda x: x.sort(-1)[0][..., 0].mean(2)),
     space("argsort", lambda x: x.argsort(3).double()[..., 0].mean(2)), space("kthvalue", lambda x: x.flatten(2).kthvalue(5)[0]),
-    space("softmax", lambda x: (x.flatten(2).softmax(2) * x.flatten(2)).sum(2)), space("log_softmax", lambda x: x.log_softmax(3).mean((2, 3))),
+    space("softmax", lambda x: (x.flatten(2).softmax(2) * x.flatten(2)).sum(2)), space("log_softmax", lambda x: x.log_softmax(3).mean((2,
+         3))),
     space("cumsum", lambda x: x.cumsum(3).mean((2, 3))), space("cumprod", lambda x: x.cumprod(-1).mean((2, 3))),
     space("logcumsumexp", lambda x: x.logcumsumexp(2).mean((2, 3))),
     gate("mean of channels", lambda y: y.mean(1, keepdim=True), CHANGED, kind="module"),
@@ -76,7 +81,7 @@ CASES = [
          "s": table(8, 1, 1), "b": conv(1, 4)}, [f"8 exact: {A} s/0"], kind="module"),
     Case("sum after a computed shift", lambda m, x: m.b((torch.relu(m.a(x)) + m.s(x)).sum(1, keepdim=True)), {"a": conv(3, 8),
          "s": conv(3, 1), "b": conv(1, 4)}, ALONE_CHANGED, kind="module"),
-    Case("sum after a widened shift", lambda m, x: m.b((lambda y: (y + m.s(x).expand_as(y)).sum(1, keepdim=True))(torch.relu(m.a(x)))),
+    Case("sum after a widened shift", lambda m, x: m.b(let(torch.relu(m.a(x)), lambda y: (y + m.s(x).expand_as(y)).sum(1, keepdim=True))),
          {"a": conv(3, 8), "s": conv(3, 1), "b": conv(1, 4)}, ALONE_CHANGED, kind="module"),
     Case("sum after a scale", lambda m, x: m.b((torch.relu(m.a(x)) * m.s).sum(1, keepdim=True)), {"a": conv(3, 8), "s": table(1),
          "b": conv(1, 4)}, [f"8 exact: {A}"], kind="module"),

@@ -37,7 +37,14 @@ FAMILIES: dict[str, list[Case]] = {
     "reshaping": test_reshaping.CASES,
 }
 # Spelt for other versions of PyTorch, or for the compiled part of torchvision, which the tests cannot count on.
-ABSENT = {"aten::float", "aten::new_tensor", "torchvision::deform_conv2d", "torchvision::nms", "torchvision::roi_align", "torchvision::roi_pool"}
+ABSENT = {
+    "aten::float",
+    "aten::new_tensor",
+    "torchvision::deform_conv2d",
+    "torchvision::nms",
+    "torchvision::roi_align",
+    "torchvision::roi_pool",
+}
 UNSEEN_RULES = {"convolution.deformable", "creation.suppression", "pooling.regions"}  # torchvision's
 
 

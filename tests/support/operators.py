@@ -61,6 +61,11 @@ def table(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.ones(shape))
 
 
+def let(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns a function of a value, which so gets a name within a lambda."""
+    return function(value)
+
+
 def images(batch: int) -> torch.Tensor:
     """Returns images with 3 channels of 6 x 6 pixels."""
     return normal(batch, 3, 6, 6)

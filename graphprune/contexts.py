@@ -1,0 +1,56 @@
+"""The contexts in which a forward pass is recorded: below autograd, attention whole, module paths known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+@contextmanager
+def module_paths(paths: Mapping[int, str], entered: Callable[[str], None], left: Callable[[str], None]) -> Iterator[None]:
+    """Says which modules run inside the block, by their paths; `paths` maps ids of modules to them. Also when a module raises."""
+    depth = 0
+
+    def enter(module: nn.Module, _args: object) -> None:
+        nonlocal depth
+        if id(module) in paths:
+            depth += 1
+            entered(paths[id(module)])
+
+    def leave(module: nn.Module, _args: object, _output: object) -> None:
+        nonlocal depth
+        if id(module) in paths and depth:
+            depth -= 1
+            left(paths[id(module)])
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Lets operators reach the recorder before PyTorch decomposes them, which it does on the way through autograd.
+
+    `torch.inference_mode` has that effect too, but its tensors could never be trained with if a cache outside the model kept one.
+    """
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 (no public spelling)
+        yield
+
+
+@contextmanager
+def whole_attention() -> Iterator[None]:
+    """Turns off the fused inference path of `nn.MultiheadAttention`, which hides the operators that it runs."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
