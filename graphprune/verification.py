@@ -18,7 +18,7 @@ from torch import nn
 from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
-from graphprune.tracing import record
+from graphprune.tracing import Program, record
 
 if TYPE_CHECKING:
     from torch import fx
@@ -84,9 +84,10 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(x).double() if x.is_complex() else x.double()
 
 
-def tolerance_for(outputs: list[torch.Tensor]) -> float:
-    """Returns the tolerance of the coarsest floating dtype among outputs."""
-    return max((TOLERANCE.get(t.dtype, 0.0) for t in outputs), default=0.0) or TOLERANCE[torch.float64]
+def tolerance_for(program: Program) -> float:
+    """Returns the tolerance of the coarsest floating dtype that the program computes in."""
+    computed = (n.meta.get("dtype") for n in program.graph.nodes if n.op == "call_function" and not n.meta.get("constant"))
+    return max((TOLERANCE.get(dtype, 0.0) for dtype in computed if dtype is not None), default=0.0) or TOLERANCE[torch.float64]
 
 
 # -- the masked reference ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch.nn import functional
 import graphprune as gp
 import graphprune.surgery.speedup as surgery
 from graphprune.ops.registry import RULES, Labels, Op
+from graphprune.tracing import record
 from graphprune.verification import Check, difference, output_tensors, tolerance_for
 from tests.support.handmade import residual
 from tests.support.invariants import coverage_faults, evaluate, permutation_error
@@ -378,10 +380,24 @@ def test_outputs_are_found_in_any_structure() -> None:
     assert output_tensors(None) == []
 
 
-def test_the_tolerance_is_that_of_the_coarsest_output() -> None:
-    """Half precision among the outputs loosens the tolerance; integers do not."""
-    double, single, half_, index = (torch.zeros(1, dtype=d) for d in (torch.float64, torch.float32, torch.float16, torch.int64))
-    assert tolerance_for([double, index]) == 1e-9
-    assert tolerance_for([double, single]) == 1e-4
-    assert tolerance_for([half_, single]) > 1e-3
-    assert tolerance_for([index]) == 1e-9
+def test_the_tolerance_is_that_of_the_coarsest_computation() -> None:
+    """A program that computes anything in single precision is held against its tolerance, whatever its outputs' precision."""
+    x = torch.randn(2, 4)
+    single = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    class Widened(nn.Module):
+        """Computes in single precision and returns double precision."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = single
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the body's result in double precision."""
+            out: torch.Tensor = self.body(x).double()
+            return out
+
+    assert tolerance_for(record(single, x)) == 1e-4
+    assert tolerance_for(record(Widened(), x)) == 1e-4
+    assert tolerance_for(record(copy.deepcopy(single).double(), x.double())) == 1e-9
+    assert tolerance_for(record(copy.deepcopy(single).half(), x.half())) > 1e-3

@@ -90,7 +90,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
     for network in (dense, small):
         with undisturbed(network):
             outputs.append(output_tensors(run(network, inputs.copied())))
-    return Check(difference(masked, outputs[1]), difference(outputs[0], masked), tolerance_for(masked))
+    return Check(difference(masked, outputs[1]), difference(outputs[0], masked), tolerance_for(analysis.program))
 
 
 def _masks(model: nn.Module, step: Step, inputs: Inputs) -> Masks:

@@ -198,7 +198,7 @@ class _Surgeon:
             if any(torch.isnan(t).any() or not torch.isfinite(t).any() for t in outputs if t.is_floating_point() and t.numel()):
                 what = f"the output of the {which} on the example inputs is not finite, so nothing can be verified"
                 raise InputError(what, "Pass other inputs")
-        return _Reference(masked, difference(dense, masked), tolerance_for(masked))
+        return _Reference(masked, difference(dense, masked), tolerance_for(self.graph.engine.program))
 
     def _check(self, small: nn.Module, reference: _Reference) -> Check:
         start = time.perf_counter()

@@ -69,6 +69,7 @@ def masked(x: torch.Tensor, m: Any) -> torch.Tensor:
     return out
 
 
+PRELU = torch.ops.aten._prelu_kernel  # noqa: SLF001 (what prelu becomes on the way through autograd)
 GATES = "down.bias/0 down.weight/0 up.weight/1"
 HALVES = [f"4 exact: {A} {B} c.weight/1", f"4 exact: {A} c.weight/1", f"4 exact: {B}"]
 
@@ -114,8 +115,7 @@ CASES = [
          "p": table(8), "c": nn.Linear(8, 4)}, [f"8 exact: {A} {B} b.weight/1 c.weight/1 p/0"], inputs=sequences, kind="module"),
     one("prelu", lambda x, m: m.p(x), [ONE[0] + " p.weight/0"], inner=lambda x: x, extra={"p": nn.PReLU(8)}),
     one("prelu with one slope", lambda x, m: m.p(x), inner=lambda x: x, extra={"p": nn.PReLU()}),
-    one("prelu kernel", lambda x, m: torch.ops.aten._prelu_kernel(x, m.p), [ONE[0] + " p/1"], inner=lambda x: x, extra={"p": table(1, 8, 1,
-         1)}),
+    one("prelu kernel", lambda x, m: PRELU(x, m.p), [ONE[0] + " p/1"], inner=lambda x: x, extra={"p": table(1, 8, 1, 1)}),
     one("rrelu", lambda x, _: functional.rrelu(x), inner=lambda x: x),
     one("glu", lambda x, _: functional.glu(x, 1), ["4 exact: a.bias/0*2 a.weight/0*2 c.weight/1"], inner=lambda x: x, extra={"c": conv(4,
          4)}),
