@@ -143,11 +143,10 @@ def _freeze_whole(slots: list[tuple[_Slot, Ids]], analysis: Analysis) -> None:
     while True:
         doomed: list[tuple[int, int]] = []
         for slot, labels in slots:
-            positions, causes = analysis.table.expand(labels)
+            _, causes = analysis.table.expand(labels)
             if causes.size < labels.size:
                 continue
             unique, counts = np.unique(causes, return_counts=True)
-            del positions
             for cause in unique[counts == labels.size].tolist():
                 why = Why(f"owns all of {slot.parameter} dim {slot.dim}, which would be left empty", "", slot.parameter.rpartition(".")[0])
                 analysis.reasons.append(why)
@@ -180,14 +179,13 @@ class _Footprint:
             np.zeros(0, dtype=np.int64),) * 3  # fmt: skip
         order = np.lexsort((position, slot, cause))
         slot, position, cause = slot[order], position[order], cause[order]
-        causes, inverse = np.unique(cause, return_inverse=True)
+        causes = np.unique(cause)
         between = [_expanded(len(slots) + i, labels, analysis.table) for i, labels in enumerate(_intermediate(analysis, slots))]
         all_slots = np.concatenate([slot, *(b[0] for b in between)])
         all_causes = np.concatenate([cause, *(b[2] for b in between)])
         member = np.isin(all_causes, causes)
         where = np.searchsorted(causes, all_causes[member]) if causes.size else np.zeros(0, dtype=np.int64)
         signature = _signature(all_slots[member], where, causes.size)
-        del inverse
         return _Footprint([s for s, _ in slots], slot, position, cause, causes, signature)
 
 

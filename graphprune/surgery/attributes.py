@@ -77,13 +77,13 @@ def set_attributes(model: nn.Module, removal: Removal) -> None:
                 setattr(modules[path], name, type(current)(value) if isinstance(current, (tuple, list)) else value)
     for path in dict.fromkeys(n.rpartition(".")[0] for n in removal.analysis.parameters):
         if path in modules:
-            _set_shapes(modules[path], removal, path)
-    for path, module in modules.items():
+            _set_shapes(modules[path])
+    for module in modules.values():
         if isinstance(module, nn.MultiheadAttention):
-            _set_shapes(module, removal, path)
+            _set_shapes(module)
 
 
-def _set_shapes(module: nn.Module, _removal: Removal, _path: str) -> None:
+def _set_shapes(module: nn.Module) -> None:
     for kind, read in SHAPES:
         if isinstance(module, kind):
             for name, value in read(module).items():
@@ -122,10 +122,4 @@ def explained(removal: Removal, path: Mapping[str, nn.Module]) -> bool:
             return False
         if any(removal.loses(labels) for _, labels in notes.constants.values()):
             return False
-        if notes.become is not None and _pieces_change(notes, removal):
-            return False
     return True
-
-
-def _pieces_change(notes: Any, removal: Removal) -> bool:
-    return any(removal.loses(labels) for labels in (*notes.extents.values(), *notes.remaps.values()))
