@@ -150,12 +150,17 @@ def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     """Counts operations inside the block, with the fused kernels that the counter cannot see into switched off.
 
     Two would count as nothing: the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer, and the recurrent layers of
-    oneDNN and cuDNN.
+    oneDNN and cuDNN. Parameters need no gradients meanwhile: the counter watches for a backward pass wherever a module is called with
+    a tensor that needs one, and fails where that is a parameter itself (a class token).
     """
     mha = torch.backends.mha
     fast = mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as settings:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                settings.callback(parameter.requires_grad_, True)  # noqa: FBT003 (positional only)
+                parameter.requires_grad_(False)  # noqa: FBT003
         settings.callback(mha.set_fastpath_enabled, fast)
         mha.set_fastpath_enabled(False)
         if recurrent:

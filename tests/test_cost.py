@@ -201,3 +201,23 @@ def test_a_known_network_has_its_known_cost() -> None:
     by_module = count_by_module(model.to("meta"), make_inputs(2).to("meta"))
     assert sum(by_module.values(), Cost(0, 0)) == Cost(25_557_032, 2 * 4_089_184_256)
     assert by_module["fc"] == Cost(2048 * 1000 + 1000, 2 * 2048 * 1000)
+
+
+class _TokenThrough(nn.Module):
+    """Hands a parameter itself to a layer, as networks with a class token do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 4))
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.token) + self.layer(x)
+        return out
+
+
+def test_a_parameter_handed_to_a_layer_counts_as_any_tensor() -> None:
+    """A class token that is called through a layer is counted, and still wants its gradient afterwards."""
+    model = _TokenThrough()
+    assert count(model, torch.ones(2, 4)) == Cost(4 + 15, 12 + 24)
+    assert all(parameter.requires_grad for parameter in model.parameters())

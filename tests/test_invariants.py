@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from tests.support.handmade import Frozen, Graph, Group, Slice, residual, residual_graph, shrink_by_hand, without_slice
-from tests.support.invariants import coverage_faults, evaluate, masked_copy, masked_outputs, permutation_error, train_step
+from tests.support.invariants import coverage_faults, evaluate, masked_copy, masked_outputs, permutation_error, shares_positions, train_step
 from tests.support.kept_statistics import KeptStatistics
 from tests.support.networks import randomise
 from tests.support.outputs import relative_error
@@ -180,3 +180,19 @@ def test_train_step_rejects_gradients_that_are_no_numbers() -> None:
     broken = nn.Sequential(copy.deepcopy(model), nn.Softmax(dim=1))
     with pytest.raises(ArithmeticError, match="not finite"):
         train_step(broken, images)
+
+
+def test_group_that_shares_positions_with_itself_is_left_alone() -> None:
+    """Products of all pairs of channels cannot be permuted slice by slice; such a group is left out, all others are permuted."""
+
+    def group(index: list[list[int]]) -> Group:
+        return Group("pairs", len(index), (Slice("head.weight", 1, np.array(index)),))
+
+    pairs = group([[0, 1, 2], [1, 2, 3]])
+    assert shares_positions(pairs)
+    assert not shares_positions(group([[0, 1], [2, 3]]))
+    model, images = residual()
+    graph = residual_graph()
+    error, control = permutation_error(model, replace(graph, groups=(*graph.groups, pairs)), images)
+    assert error < 1e-13
+    assert control > 1e-2
