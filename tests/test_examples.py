@@ -34,6 +34,11 @@ PROMISES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
          r"Order of the layers: stem inner outer depthwise norm gate head"),
         ("dependencies.json",),
     ),
+    "prune_attention": (
+        (r"blocks: rows q 24, k 12, v 12; result module", r"heads 4, key heads 2, width of a head 6", r"query_key: rows q 24, k 12, v 24",
+         r"value: rows q 48, k 24, v 12"),
+        ("blocks.safetensors", "query_key.safetensors", "value.safetensors"),
+    ),
     "prune_residual": (
         (r"parameters .*75,370 .*19,258", r"Verified: error", r"small is \d+\.\d\d times as fast as dense"),
         ("dense.onnx", "small.onnx"),

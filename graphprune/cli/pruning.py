@@ -34,6 +34,8 @@ class Cut(str, Enum):
     blocks = "blocks"
     within = "within"
     both = "both"
+    query_key = "query_key"
+    value = "value"
 
 
 def prune(
@@ -55,7 +57,10 @@ def prune(
     round_to: Annotated[int, typer.Option("--round-to", min=1, metavar="N", help="Keep multiples of N channels.")] = 1,
     rounding: Annotated[Rounding, typer.Option("--rounding", help="Which way kept counts are rounded.")] = Rounding.floor,
     cut: Annotated[
-        Cut, typer.Option("--cut", help="What goes of attention heads and conv groups: whole blocks, positions within each, or both.")
+        Cut,
+        typer.Option(
+            "--cut", help="What goes of attention heads and conv groups: whole blocks, positions within, both, or one kind of head width."
+        ),
     ] = Cut.blocks,
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Config list, a JSON file, in place of --sparsity.")

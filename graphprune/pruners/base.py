@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import networkx as nx
 import numpy as np
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from graphprune.graph import DependencyGraph, Group
 
-Cut: TypeAlias = Literal["blocks", "within", "both"]
+Cut: TypeAlias = Literal["blocks", "within", "both", "query_key", "value"]
+CUTS: tuple[Cut, ...] = get_args(Cut)
 
 
 class Pruner:
@@ -38,7 +39,10 @@ class Pruner:
         rounding: of the kept count, "floor" or "ceil".
         round_to: kept counts are multiples of this where there are enough channels.
         cut: what goes where a dimension is cut into equal blocks (attention heads, conv groups): whole "blocks" (the default: widths
-            of heads, their scale and the width of conv groups stay as they were), positions "within" every block, or "both".
+            of heads, their scale and the width of conv groups stay as they were), positions "within" every block, or "both". Of the
+            positions within attention heads, "query_key" takes only those that the product of queries and keys sums over, "value" only
+            those that reach the output projection (heads go where a program holds all three in one tensor, which has one width).
+            Where keys and values serve several query heads, a block is a key head with all its query heads: their ratio stays.
         graph: the model's graph, if there is one already.
 
     Raises:
@@ -64,8 +68,8 @@ class Pruner:
                 "Pass example_inputs=, a tensor or a tuple of tensors that model(...) accepts",
             )
         kept_count(1, 0.5, rounding, round_to)
-        if cut not in ("blocks", "within", "both"):
-            raise ConfigError(f"cut is {cut!r}", "Use 'blocks', 'within' or 'both'")
+        if cut not in CUTS:
+            raise ConfigError(f"cut is {cut!r}", f"Use one of {', '.join(map(repr, CUTS))}")
         self.model = model
         self.criterion = criterion
         self.rounding: Rounding = rounding
@@ -156,9 +160,26 @@ def _skipped(graph: DependencyGraph, cut: Cut) -> dict[str, str]:
         blocks = [g for g in family if g.role == "block"]
         within = [g for g in family if g.role == "within"]
         if blocks and within:
-            for group in within if cut == "blocks" else blocks:
-                out[group.name] = f"{'whole blocks' if cut == 'blocks' else 'positions within'} go instead (cut={cut!r})"
+            chosen, words = _chosen(blocks, within, cut, graph)
+            names = {g.name for g in chosen}
+            out |= {g.name: f"{words} go instead (cut={cut!r})" for g in (*blocks, *within) if g.name not in names}
     return out
+
+
+def _chosen(blocks: list[Group], within: list[Group], cut: Cut, graph: DependencyGraph) -> tuple[list[Group], str]:
+    """Returns which groups of one family `cut` asks for, and in words what they are."""
+    summed = [g for g in within if not _is_read(g, graph)]
+    read = [g for g in within if _is_read(g, graph)]
+    if cut == "within":
+        return within, "positions within"
+    if cut in ("query_key", "value") and summed and read:
+        return (summed, "positions of queries and keys") if cut == "query_key" else (read, "positions of values")
+    return blocks, "whole blocks"
+
+
+def _is_read(group: Group, graph: DependencyGraph) -> bool:
+    """Returns whether some weight reads these channels; those of queries and keys are summed over by their own product."""
+    return any(not s.produces and len(graph.shapes.get(s.parameter, ())) > 1 for s in group.slices)
 
 
 def _overlapping(graph: DependencyGraph) -> list[list[Group]]:
