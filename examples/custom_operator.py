@@ -1,4 +1,4 @@
-"""An operator of your own: frozen as long as nobody says what it does to channels, pruned once a rule does.
+"""Operators of your own: what running one proves needs no rule; what only its author knows is frozen until a rule says it.
 
 python examples/custom_operator.py [--out DIR]
 """
@@ -23,29 +23,36 @@ def channel_gain(x: Tensor, gain: Tensor) -> Tensor:
     return torch.nn.functional.silu(x) * gain[:, None, None]
 
 
+@torch.library.custom_op("example::channel_norm", mutates_args=())
+def channel_norm(x: Tensor) -> Tensor:
+    """Divides each pixel of x (n, channels, h, w) by the root of its mean square over all channels."""
+    return x / x.square().mean(1, keepdim=True).add(1e-6).sqrt()
+
+
 class Network(nn.Module):
-    """Two convolutions with the operator in between."""
+    """Two convolutions with each of the operators before one of them."""
 
     def __init__(self) -> None:
         """Makes the layers."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
         self.gain = nn.Parameter(torch.rand(16) + 0.5)
-        self.conv2 = nn.Conv2d(16, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 24, 3, padding=1)
+        self.conv3 = nn.Conv2d(24, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (n, 3, h, w) to (n, 8, h, w)."""
-        y: Tensor = self.conv2(channel_gain(self.conv1(x), self.gain))
+        y: Tensor = self.conv3(channel_norm(self.conv2(channel_gain(self.conv1(x), self.gain))))
         return y
 
 
 # -- its rule --------------------------------------------------------------------------------------------------------------------------
 
 
-def channel_gain_rule(op: Op) -> Labels:
-    """The output has the labels of x; position c of the gain lives and dies with channel c (dimension 1) of x."""
+def channel_norm_rule(op: Op) -> Labels:
+    """The output has the labels of x, and each of its channels depends on a statistic across all of them."""
     labels = op.dims(op["x"])
-    labels[1] = op.bind(op["gain"], 0, labels[1])
+    op.statistic(labels[1])
     return labels
 
 
@@ -60,17 +67,18 @@ def main() -> None:
     x = torch.randn(2, 3, 16, 16)
 
     before = gp.trace(model, x)
-    print(f"without a rule: {len(before.groups)} groups")
+    # Every channel of the gain passes through on its own: running it proves that. The norm mixes channels, so those that enter it freeze.
+    print(f"without a rule: {', '.join(f'{g.name} with {g.channels} channels' for g in before.groups)}")
     for unknown in before.unknown:
         print(f"  {unknown.operator} freezes {unknown.channels} channels")
-    print(before.explain("conv1"))
+    print(before.explain("conv2"))
 
-    # In a module of your own, write this as a decorator: @rule("example::channel_gain").
-    rule("example::channel_gain")(channel_gain_rule)
+    # In a module of your own, write this as a decorator: @rule("example::channel_norm").
+    rule("example::channel_norm")(channel_norm_rule)
 
     after = gp.trace(model, x)
-    print(f"with a rule: {len(after.groups)} group of {after.groups[0].channels} channels")
-    print(after.explain("conv1"))
+    print(f"with a rule: {', '.join(f'{g.name} with {g.channels} channels' for g in after.groups)}")
+    print(after.explain("conv2"))
 
     # The speedup compares the small model with the masked one, so a wrong rule is an error here and never a wrong model.
     small, report = gp.prune(model, x, sparsity=0.5)

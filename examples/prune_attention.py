@@ -55,8 +55,9 @@ def main() -> None:
         rows = {name: tensor.shape[0] for name, tensor in small.named_parameters()}
         shown = ", ".join(f"{name} {rows[f'1.{name}.weight']}" for name in "qkv")
         print(f"{cut}: rows {shown}; result {report.kind}; error {report.error:.0e}")
-        if report.kind == "module":
-            print(f"  heads {small[1].heads}, key heads {small[1].kv_heads}, width of a head {small[1].head_dim}")
+        layer = small.get_submodule("1") if report.kind == "module" else None
+        if isinstance(layer, Attention):
+            print(f"  heads {layer.heads}, key heads {layer.kv_heads}, width of a head {layer.head_dim}")
         gp.save(small, out / f"{cut}.safetensors")
 
 

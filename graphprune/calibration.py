@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import InputError
 from graphprune.inputs import normalise, run, undisturbed
+from graphprune.meta import require_values
 
 _ATEN_ARGUMENTS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
@@ -54,11 +55,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         The same model.
 
     Raises:
-        InputError: if there are no batches, the model cannot be run on one, or a statistic is not finite. The statistics are then as
-            they were.
+        InputError: if there are no batches, the model has no weights or cannot be run on one, or a statistic is not finite. The
+            statistics are then as they were.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise InputError(f"batches is a single {type(batches).__name__}, not several batches", "Pass a list of batches: [batch]")
+    require_values(model, "recalibrate")
     statistics = _Statistics(model)
     done = 0
     with undisturbed(model), statistics:

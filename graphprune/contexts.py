@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,3 +55,32 @@ def whole_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def values_taken(note: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Calls `note` with every tensor whose values Python takes out as a whole; what it returns is taken instead.
+
+    `tolist` and `numpy` read memory, so that no operator tells of it.
+    """
+    kind: Any = torch.Tensor
+    saved = {name: (vars(kind).get(name), getattr(kind, name)) for name in ("tolist", "numpy")}
+
+    def reading(method: Callable[..., object]) -> Callable[..., object]:
+        def read(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+            taken = note(tensor)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 (a mode would call what stands here in the method's place again)
+                return method(taken, *args, **kwargs)
+
+        return read
+
+    try:
+        for name, (_, method) in saved.items():
+            setattr(kind, name, reading(method))
+        yield
+    finally:
+        for name, (own, _) in saved.items():
+            if own is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, own)

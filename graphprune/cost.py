@@ -8,8 +8,8 @@ scaled-dot-product attention; additions of biases, norms, activations and poolin
 one: pass such a batch to compare.
 
 The forward pass is a real one. A fake or meta pass takes about two thirds of its time for one image, but what it computes must
-not stay behind, and a function that caches its results keeps them out of our reach. For a model too large to run, pass a copy of model
-and inputs on the meta device.
+not stay behind, and a function that caches its results keeps them out of our reach. A model too large for memory may be built on the
+meta device; its inputs may have values all the same.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.inputs import normalise, run, undisturbed
+from graphprune.meta import shapes_suffice
 
 _aten = torch.ops.aten
 
@@ -83,7 +84,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
         InputError: if the example inputs are missing, or the model cannot be run on them.
     """
     inputs = normalise(example_inputs).copied()
-    with undisturbed(model), _counting(model) as counter:
+    with undisturbed(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()):
         run(model, inputs)
     return Cost(sum(parameter.numel() for parameter in model.parameters()), _macs(counter))
 
@@ -103,7 +104,7 @@ def count_by_module(model: nn.Module, example_inputs: Any) -> dict[str, Cost]:
     """
     inputs = normalise(example_inputs).copied()
     macs = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-    with undisturbed(model), _counting(model) as counter, _attributing(model, counter, macs):
+    with undisturbed(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()), _attributing(model, counter, macs):
         run(model, inputs)
     params = dict.fromkeys(macs, 0)
     for name, parameter in model.named_parameters():

@@ -6,21 +6,29 @@ record ──▶ label (rules, forward order) ──▶ causes per parameter pos
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphprune.decisions import Otherwise, decisions_of, freeze_decided, operators_of
 from graphprune.errors import GraphPruneError
+from graphprune.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
 from graphprune.graph import DependencyGraph, Group, Role, Slice
 from graphprune.labelling import Analysis, extend, label
-from graphprune.labels import FROZEN, Ids, LabelTable
+from graphprune.labels import FROZEN, Ids
 from graphprune.ops.registry import UNBOUND, Value, Why
 from graphprune.provenance import dataflow, frozen_positions
 from graphprune.tracing import Program, record
 
 if TYPE_CHECKING:
     from torch import fx, nn
+
+
+_ROLES: tuple[Role, ...] = ("", "within", "block")
+_WITHIN, _BLOCK = 1, 2
+_BRANCHES = 3  # passes with other decisions, where Python reads numbers
+_EXPLORED = 8  # the same, where one pass leaves parameters unread
 
 
 def trace(model: nn.Module, example_inputs: object) -> DependencyGraph:
@@ -46,46 +54,55 @@ def trace(model: nn.Module, example_inputs: object) -> DependencyGraph:
 # -- groups ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """One dimension of one parameter with labels."""
-
-    parameter: str
-    dim: int
-    produces: bool
-
-
 def analyse(model: nn.Module, program: Program) -> Analysis:
-    """Returns the labels of a program; where it leaves parameters unread, a training pass is labelled along with it.
+    """Returns the labels of a program; where it leaves parameters unread, other passes that read them are labelled along with it.
 
-    Auxiliary heads run only in training. Their channels depend on the trunk's all the same.
+    Auxiliary heads run only in training, experts and later exits only for some inputs. Their channels depend on the trunk's all the same.
     """
     analysis = label(program)
-    if program.unused:
+    freeze_decided(analysis, program)
+    recorded = [operators_of(program)]
+    for options, only_unread in _other_passes(program):
+        if only_unread and not program.unused:
+            continue
         try:
-            more = record(model, program.inputs, training=True)
+            more = record(model, program.inputs, **options)
         except GraphPruneError:
-            return analysis
-        if len(more.unused) < len(program.unused):
+            continue
+        found = operators_of(more)
+        if any(n not in more.unused for n in program.unused) if only_unread else found not in recorded:
+            recorded.append(found)
             extend(analysis, more)
+            freeze_decided(analysis, more)
             program.unused = [n for n in program.unused if n in more.unused]
     return analysis
+
+
+def _other_passes(program: Program) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yields options of passes that may do other things than one pass did, and whether they are of use only for what that left unread.
+
+    One is in training mode; others decide otherwise, where Python has numbers to decide by, or sizes.
+    """
+    yield {"training": True}, True
+    branches = decisions_of(program, ("number",))
+    if branches or decisions_of(program, ("size",)):
+        for seed in range(_EXPLORED):
+            yield {"runner": Otherwise(seed)}, not branches or seed >= _BRANCHES
 
 
 def gather(analysis: Analysis) -> DependencyGraph:
     """Gathers causes with one footprint into groups, and names what is frozen."""
     produces = {slot for notes in analysis.notes.values() for slot in notes.produces} | _derived(analysis)
     slots = [
-        (_Slot(name, d, (name, d) in produces), labels)
+        (Slot(name, d, (name, d) in produces), labels)
         for name, value in analysis.parameters.items()
         for d, labels in enumerate(value.labels)
         if labels is not None and labels is not UNBOUND
     ]
     _freeze_whole(slots, analysis)
-    footprint = _Footprint.of(slots, analysis)
-    groups = _groups(footprint, analysis)
+    groups = _groups(Footprints.of(slots, analysis), analysis)
     program = analysis.program
-    owners = {name.rpartition(".")[0] or name for name, _ in produces}
+    owners = {name.rpartition(".")[0] or name for name, _ in produces} | {layer for group in groups for layer in group.layers}
     ordered = {n: type(m).__name__ for n, m in program.modules.items() if n in owners}
     ordered |= {n: "Parameter" for n in analysis.parameters if n in owners}
     return DependencyGraph(
@@ -138,114 +155,31 @@ def _parameters_behind(node: fx.Node, analysis: Analysis) -> list[Value]:
     return out
 
 
-def _freeze_whole(slots: list[tuple[_Slot, Ids]], analysis: Analysis) -> None:
+def _freeze_whole(slots: list[tuple[Slot, Ids]], analysis: Analysis) -> None:
     """Freezes causes that own every index of some parameter dimension: removing one would empty a layer."""
-    while True:
-        doomed: list[tuple[int, int]] = []
-        for slot, labels in slots:
-            _, causes = analysis.table.expand(labels)
-            if causes.size < labels.size:
-                continue
-            unique, counts = np.unique(causes, return_counts=True)
-            for cause in unique[counts == labels.size].tolist():
-                why = Why(f"owns all of {slot.parameter} dim {slot.dim}, which would be left empty", "", slot.parameter.rpartition(".")[0])
-                analysis.reasons.append(why)
-                doomed.append((cause, len(analysis.reasons) - 1))
-        if not doomed:
-            return
-        for cause, number in doomed:
-            analysis.table.freeze(np.array([cause], dtype=np.int64), number)
+    while found := doomed(slots, analysis.table):
+        for cause, slot in found:
+            why = Why(f"owns all of {slot.parameter} dim {slot.dim}, which would be left empty", "", slot.parameter.rpartition(".")[0])
+            analysis.reasons.append(why)
+            analysis.table.freeze(np.array([cause], dtype=np.int64), len(analysis.reasons) - 1)
 
 
-@dataclass(eq=False)
-class _Footprint:
-    """Which cause owns what: parallel arrays (slot, position, cause), sorted by cause, then slot, then position.
-
-    `signature` has one number per cause: causes with equal numbers own equally much of the same dimensions, of parameters and of
-    everything computed between them.
-    """
-
-    slots: list[_Slot]
-    slot: Ids
-    position: Ids
-    cause: Ids
-    causes: Ids
-    signature: np.ndarray[Any, np.dtype[np.uint64]]
-
-    @staticmethod
-    def of(slots: list[tuple[_Slot, Ids]], analysis: Analysis) -> _Footprint:
-        parts = [_expanded(i, labels, analysis.table) for i, (_, labels) in enumerate(slots)]
-        slot, position, cause = (np.concatenate(p) if p else np.zeros(0, dtype=np.int64) for p in zip(*parts, strict=True)) if parts else (
-            np.zeros(0, dtype=np.int64),) * 3  # fmt: skip
-        order = np.lexsort((position, slot, cause))
-        slot, position, cause = slot[order], position[order], cause[order]
-        causes = np.unique(cause)
-        between = [_expanded(len(slots) + i, labels, analysis.table) for i, labels in enumerate(_intermediate(analysis, slots))]
-        all_slots = np.concatenate([slot, *(b[0] for b in between)])
-        all_causes = np.concatenate([cause, *(b[2] for b in between)])
-        member = np.isin(all_causes, causes)
-        where = np.searchsorted(causes, all_causes[member]) if causes.size else np.zeros(0, dtype=np.int64)
-        signature = _signature(all_slots[member], where, causes.size)
-        return _Footprint([s for s, _ in slots], slot, position, cause, causes, signature)
-
-
-def _expanded(number: int, labels: Ids, table: LabelTable) -> tuple[Ids, Ids, Ids]:
-    positions, causes = table.expand(labels)
-    return np.full(positions.size, number, dtype=np.int64), positions, causes
-
-
-def _intermediate(analysis: Analysis, slots: list[tuple[_Slot, Ids]]) -> list[Ids]:
-    """Returns the distinct label arrays of what is computed between parameters."""
-    seen = {id(labels) for _, labels in slots}
-    out: list[Ids] = []
-    for value in analysis.values.values():
-        for v in value if isinstance(value, list) else (value,):
-            if v is None or v.parameter:
-                continue
-            for labels in v.labels:
-                if labels is not None and labels is not UNBOUND and id(labels) not in seen:
-                    seen.add(id(labels))
-                    out.append(labels)
-    return out
-
-
-def _signature(slot: Ids, cause: Ids, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Returns per cause a hash of {(slot, how many positions)}: a sum of random numbers, one per (slot, count) pair."""
-    if not slot.size:
-        return np.zeros(count, dtype=np.uint64)
-    width = int(slot.max()) + 1
-    pair, rows = np.unique(cause * width + slot, return_counts=True)
-    key = (pair % width).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + rows.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
-    key ^= key >> np.uint64(29)
-    key *= np.uint64(0xBF58476D1CE4E5B9)
-    key ^= key >> np.uint64(32)
-    key *= np.uint64(0x94D049BB133111EB)
-    out = np.zeros(count, dtype=np.uint64)
-    np.add.at(out, pair // width, key)
-    return out
-
-
-def _groups(footprint: _Footprint, analysis: Analysis) -> list[Group]:
+def _groups(footprints: Footprints, analysis: Analysis) -> list[Group]:
     """Returns the groups in the order in which the program produces them."""
-    if not footprint.causes.size:
+    members = footprints.members()
+    if not members:
         return []
-    _, first, which = np.unique(footprint.signature, return_index=True, return_inverse=True)
-    members: list[Ids] = [footprint.causes[which == i] for i in range(first.size)]
-    changed = _changed(analysis)
-    roles = _roles(analysis)
-    starts = np.searchsorted(footprint.cause, footprint.causes)
-    ends = np.searchsorted(footprint.cause, footprint.causes, side="right")
-    spans = dict(zip(footprint.causes.tolist(), zip(starts.tolist(), ends.tolist(), strict=True), strict=True))
     order = _slot_order(analysis)
     raw: list[tuple[int, Ids, list[Slice]]] = []
-    for causes in members:
-        slices = _slices(causes, spans, footprint)
-        slices.sort(key=lambda s: (not s.produces, order.get(s.parameter, 0)))
-        position = order.get(slices[0].parameter, 0)
-        raw.append((position, _by_position(causes, slices[0]), [_reordered(s, slices[0]) for s in slices]))
+    for causes, layouts in zip(members, footprints.layouts_of(np.array([causes[0] for causes in members])), strict=True):
+        for family in apart(causes, layouts):
+            ordered, slices = footprints.slices(family, layouts, order)
+            raw.append((order.get(slices[0].parameter, 0), ordered, slices))
     raw.sort(key=_rank)
+    changed = _changed(analysis, [causes for _, causes, _ in raw])
+    roles = _roles(footprints, analysis)
     names: dict[str, int] = {}
-    return [_group(causes, slices, names, changed, roles) for _, causes, slices in raw]
+    return [_group(causes, slices, names, why, roles) for (_, causes, slices), why in zip(raw, changed, strict=True)]
 
 
 def _rank(item: tuple[int, Ids, list[Slice]]) -> tuple[Any, ...]:
@@ -254,74 +188,67 @@ def _rank(item: tuple[int, Ids, list[Slice]]) -> tuple[Any, ...]:
     return first, int(slices[0].index.min()), [(s.parameter, s.dim, -s.index.shape[1]) for s in slices], slices[0].index[:, 0].tolist()
 
 
-def _slices(causes: Ids, spans: dict[int, tuple[int, int]], footprint: _Footprint) -> list[Slice]:
-    """Returns the slices of a group; all its causes own equally many positions of the same slots."""
-    where = np.concatenate([np.arange(*spans[c]) for c in causes.tolist()]).reshape(causes.size, -1)
-    slot, position = footprint.slot[where], footprint.position[where]
-    out = []
-    for number in np.unique(slot[0]).tolist():
-        s = footprint.slots[number]
-        columns = slot[0] == number
-        out.append(Slice(s.parameter, s.dim, position[:, columns], produces=s.produces))
-    return out
-
-
-def _by_position(causes: Ids, first: Slice) -> Ids:
-    return causes[np.argsort(first.index[:, 0], kind="stable")]
-
-
-def _reordered(s: Slice, first: Slice) -> Slice:
-    return Slice(s.parameter, s.dim, s.index[np.argsort(first.index[:, 0], kind="stable")], s.produces)
-
-
-def _group(causes: Ids, slices: list[Slice], names: dict[str, int], changed: dict[int, list[str]], roles: dict[int, Role]) -> Group:
+def _group(causes: Ids, slices: list[Slice], names: dict[str, int], why: tuple[str, ...], roles: Ids) -> Group:
     base = slices[0].module if slices[0].produces else slices[0].parameter
     base = base or slices[0].parameter
     names[base] = names.get(base, 0) + 1
     name = base if names[base] == 1 else f"{base}#{names[base]}"
-    why = tuple(dict.fromkeys(w for c in causes.tolist() for w in changed.get(c, ())))
-    role = roles.get(int(causes[0]), "")
-    return Group(name, int(causes.size), "changed" if why else "exact", tuple(slices), role, causes, why)
+    return Group(name, int(causes.size), "changed" if why else "exact", tuple(slices), _ROLES[int(roles[causes[0]])], causes, why)
 
 
-def _changed(analysis: Analysis) -> dict[int, list[str]]:
-    """Returns cause -> the operators that take a statistic across it."""
-    out: dict[int, list[str]] = {}
+def _changed(analysis: Analysis, groups: list[Ids]) -> list[tuple[str, ...]]:
+    """Returns, per group, the operators that take a statistic across its causes: those of the first cause first."""
+    group_of = np.full(analysis.table.size, -1, dtype=np.int64)
+    place = np.zeros(analysis.table.size, dtype=np.int64)
+    for number, causes in enumerate(groups):
+        group_of[causes] = number
+        place[causes] = np.arange(causes.size)
+    distinct = Distinct(analysis.table)
+    touched: list[list[tuple[int, int]]] = []  # per distinct array of labels: the groups that it holds, with their first place in it
+    found: list[list[tuple[int, int, str]]] = [[] for _ in groups]
+    entries = 0
     for node, notes in analysis.notes.items():
-        if notes.statistics:
+        for labels in notes.statistics:
             target: Any = node.target
             text = target._schema.name.removeprefix("aten::") + (f" in {node.meta['module']}" if node.meta["module"] else "")  # noqa: SLF001
-            for labels in notes.statistics:
-                for cause in np.unique(analysis.table.expand(labels)[1]).tolist():
-                    out.setdefault(cause, []).append(text)
-    return out
+            which = distinct.number(labels)
+            if which == len(touched):
+                owners = Layout.of(labels, analysis.table).owners
+                touched.append(_firsts(group_of[owners], place[owners]))
+            for group, first in touched[which]:
+                found[group].append((first, entries, text))
+            entries += 1
+    return [tuple(dict.fromkeys(text for _, _, text in sorted(texts))) for texts in found]
 
 
-def _roles(analysis: Analysis) -> dict[int, Role]:
-    """Returns cause -> its role, for causes that own an index jointly with others: blocks first, positions within second."""
-    out: dict[int, Role] = {}
-    seen: set[int] = set()
-    for value in analysis.parameters.values():
-        for labels in value.labels:
-            if labels is None or labels is UNBOUND or id(labels) in seen:
-                continue
-            seen.add(id(labels))
-            rows = analysis.table.joint(labels)
+def _firsts(groups: Ids, places: Ids) -> list[tuple[int, int]]:
+    """Returns (group, least place) for every group, -1 left out."""
+    order = np.lexsort((places, groups))
+    groups, places = groups[order], places[order]
+    first = np.flatnonzero(np.diff(groups, prepend=-1))
+    return list(zip(groups[first].tolist(), places[first].tolist(), strict=True))
+
+
+def _roles(footprints: Footprints, analysis: Analysis) -> Ids:
+    """Returns per cause its role, for causes that own an index jointly with others: blocks first, positions within second."""
+    roles = np.zeros(analysis.table.size, dtype=np.int64)
+    for layout in footprints.layouts:
+        if layout.slots:
+            rows = analysis.table.joint(layout.labels)
             last = (rows != FROZEN).sum(axis=1) - 1
-            inner = rows[np.arange(rows.shape[0]), last]
-            for cause in np.unique(inner).tolist():
-                out.setdefault(cause, "within")
-            for cause in np.setdiff1d(rows, [FROZEN, *inner]).tolist():
-                out.setdefault(cause, "block")
-    return out
+            for role, causes in ((_WITHIN, rows[np.arange(rows.shape[0]), last]), (_BLOCK, rows[rows != FROZEN])):
+                roles[causes[roles[causes] == 0]] = role
+    return roles
 
 
 def _slot_order(analysis: Analysis) -> dict[str, int]:
-    """Returns parameter -> the number of the first node that reads it."""
+    """Returns parameter -> the number of the first node that reads it; what only other passes read comes last, in the model's order."""
     order: dict[str, int] = {}
     for i, node in enumerate(analysis.program.graph.nodes):
         if node.op == "call_function":
             for source in node.all_input_nodes:
                 if source.op == "get_attr":
                     order.setdefault(str(source.target), i)
-    return order
+    last = len(analysis.program.graph.nodes)
+    named = {name: last + i for i, (name, _) in enumerate(analysis.program.modules[""].named_parameters())}
+    return {name: named.get(name, last) for name in analysis.parameters} | order

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,6 +116,54 @@ def normalise(example_inputs: Any) -> Inputs:
     if not inputs.tensors():
         raise InputError("the example inputs contain no tensor", _FORMS)
     return inputs
+
+
+def argument_names(model: nn.Module, positional: int, keywords: list[str]) -> list[str]:
+    """Returns one name per argument, those of the forward's signature where it has them."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [named[i] if i < len(named) else f"input_{i}" for i in range(positional)]
+    return [*names, *keywords]
+
+
+def restated(value: Any, tensor: Callable[[Tensor], Any], rebuilt: Callable[[Any, dict[str, Any]], Any]) -> Any:
+    """Returns what a model returned with other things in the tensors' places; what no graph can hold becomes None.
+
+    Args:
+        value: tensors, nested in any way.
+        tensor: returns what stands for a tensor.
+        rebuilt: returns what stands for an object of a class of its own (a dataclass, a named tuple, a kind of dict), by its fields.
+    """
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        return rebuilt(type(value), {name: restated(getattr(value, name), tensor, rebuilt) for name in names})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return rebuilt(type(value), {name: restated(getattr(value, name), tensor, rebuilt) for name in value._fields})
+    if isinstance(value, (list, tuple)):
+        return type(value)(restated(v, tensor, rebuilt) for v in value)
+    if isinstance(value, dict):
+        items = {k: restated(v, tensor, rebuilt) for k, v in value.items()}
+        return items if type(value) is dict else rebuilt(type(value), items)
+    return value if isinstance(value, (int, float, bool, str, torch.dtype, torch.device)) else None
+
+
+def place(path: str) -> str:
+    """Returns a module's path as messages show it."""
+    return repr(path) if path else "the model"
+
+
+def cannot_run(model: nn.Module, inputs: Inputs, error: Exception, path: str) -> InputError:
+    """Returns the error that says what a model raised, and in which module."""
+    where = f" in {path!r}" if path else ""
+    shapes = ", ".join(str(tuple(t.shape)) for t in inputs.tensors())
+    reason = " ".join(str(error).split())
+    what = f"{type(model).__name__} cannot run on example inputs of shape {shapes}: {type(error).__name__}{where}: {reason}"
+    return InputError(what.rstrip("."), "Pass inputs that model(...) accepts")
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from graphprune.errors import FileError, MaskError, nearest
+from graphprune.meta import require_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -171,14 +172,33 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Returns a deep copy of a module; `memo` maps ids of tensors to what stands in their place.
 
-    Tensors that hooks compute anew on every forward pass (pruning and weight normalisation of older PyTorch) are detached first, as
-    PyTorch copies no results of computations.
+    Tensors that hooks compute anew on every forward pass (pruning and weight normalisation of older PyTorch), or that a model keeps
+    from an earlier run, are detached first, as PyTorch copies no results of computations.
     """
+    seen: set[int] = set()
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
+        for tensor in _held(vars(module), seen):
+            if not tensor.is_leaf:
+                memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
+
+
+def _held(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yields the tensors in a value: also in containers and in plain objects, but not those of modules."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        inner = value
+    elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, (type, torch.nn.Module)):
+        inner = vars(value).values()
+    if id(value) not in seen:
+        seen.add(id(value))
+        for item in list(inner):
+            yield from _held(item, seen)
 
 
 def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:
@@ -199,6 +219,7 @@ def checked_tensors(model: nn.Module, graph: DependencyGraph) -> dict[str, torch
 
     Raises:
         MaskError: a parameter is missing or has another shape.
+        InputError: the model is on the meta device.
     """
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
@@ -208,6 +229,7 @@ def checked_tensors(model: nn.Module, graph: DependencyGraph) -> dict[str, torch
             is_ = found if found is not None else "missing"
             what = f"{name!r} is {is_} in {type(model).__name__}, but {tuple(shape)} where the masks were made"
             raise MaskError(what, "Use masks made for this model")
+    require_values(model, "pruning")
     return tensors
 
 

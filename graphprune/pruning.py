@@ -28,6 +28,7 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
     rounding: Rounding = "floor",
     round_to: int = 1,
     cut: Cut = "blocks",
+    keep_class: bool = False,
     verify: bool = True,
     inplace: bool = False,
 ) -> tuple[nn.Module, SpeedupReport]:
@@ -43,6 +44,8 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
         rounding: of the kept counts, "floor" or "ceil".
         round_to: kept counts are multiples of this where there are enough channels.
         cut: what goes where a dimension is cut into equal blocks, see `Pruner`.
+        keep_class: return a model of the model's own class or raise: where its own arithmetic on sizes (`C // num_heads`, equal chunks)
+            could not state what is asked for, more channels are kept, and the report says so.
         verify: compare the result with the masked model.
         inplace: shrink the model itself.
 
@@ -59,6 +62,7 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
         {"sparsity": check_sparsity(sparsity, "sparsity"), "op_types": ["default"]}]  # fmt: skip
     if exclude:
         entries.append({"exclude": True, "op_names": list(exclude)})
-    pruner = Pruner(model, entries, criterion_named(criterion), example_inputs, rounding=rounding, round_to=round_to, cut=cut)
+    options: dict[str, Any] = {"rounding": rounding, "round_to": round_to, "cut": cut, "keep_class": keep_class}
+    pruner = Pruner(model, entries, criterion_named(criterion), example_inputs, **options)
     masks = pruner.masks()
-    return speedup(model, masks, verify=verify, inplace=inplace, plan=pruner.plan)
+    return speedup(model, masks, verify=verify, inplace=inplace, plan=pruner.plan, result="module" if keep_class else "auto")

@@ -9,25 +9,32 @@ The recording has no side effect: training flags, buffers, cached attributes and
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.contexts import below_autograd, module_paths, whole_attention
+from graphprune.caches import emptied
+from graphprune.contexts import below_autograd, module_paths, values_taken, whole_attention
+from graphprune.decisions import decision, rounds_matter, sized_by
 from graphprune.errors import GraphPruneError, InputError, TraceError
-from graphprune.inputs import Inputs, normalise, undisturbed
+from graphprune.inputs import Inputs, argument_names, cannot_run, normalise, place, restated, undisturbed
+from graphprune.meta import PYTHON, Weightless, is_about_values, literals, unreadable
 from graphprune.ops import rule_for
+from graphprune.probing import Recorded
 
 _NODE = "_graphprune_node"
+
+
+Runner: TypeAlias = Callable[[fx.Node, Any, tuple[Any, ...], dict[str, Any]], Any]
+"""From a node and the operator's arguments to its result (for `meta["whole"]`, the tensor whose values Python takes)."""
 
 
 @dataclass(eq=False)
@@ -36,7 +43,8 @@ class Program:
 
     Attributes:
         graph: the operators, as calls of ATen overloads; each node has `meta["shapes"]` (one per output tensor), `meta["dtype"]`,
-            `meta["module"]` and, for integer tensors that depend on nothing, `meta["tensor"]`.
+            `meta["module"]`, `meta["decides"]` (see `decisions.decision`), `meta["delicate"]` (whether rounding or random numbers may
+            change that), `meta["value"]` (a number that Python read) and, for integer tensors that depend on nothing, `meta["tensor"]`.
         tensors: qualified name -> parameter or buffer that the program reads.
         parameters: names in `tensors` that may shrink: parameters and floating-point buffers.
         constants: name -> literal tensor that the program reads.
@@ -64,6 +72,8 @@ def record(
     training: bool = False,
     on_value: Callable[[fx.Node, torch.Tensor], None] | None = None,
     on_call: Callable[[], None] | None = None,
+    on_output: Callable[[object], None] | None = None,
+    runner: Runner | None = None,
 ) -> Program:
     """Records one forward pass of `model` in eval mode.
 
@@ -73,6 +83,8 @@ def record(
         training: record what a training pass does instead (auxiliary heads run only then).
         on_value: called with every node and the tensor it produced (for diagnosis).
         on_call: called after every operator that was recorded.
+        on_output: called with what the model returned.
+        runner: runs the operators in PyTorch's place.
 
     Raises:
         InputError: there are no inputs, or the model's own forward raises on them.
@@ -80,28 +92,30 @@ def record(
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    with undisturbed(model), whole_attention(), below_autograd():
+    with undisturbed(model), emptied(model, inputs), whole_attention(), below_autograd():
         recorder = _Recorder(model, inputs, on_value, on_call)
+        recorder.runner = runner
         args, kwargs = recorder.bind_inputs()
         for module in model.modules():
             module.training = training
         try:
-            with module_paths(recorder.paths, recorder.entered, recorder.left), recorder:
+            with (
+                module_paths(recorder.paths, recorder.entered, recorder.left),
+                literals(recorder.weightless),
+                values_taken(recorder.take),
+                recorder,
+            ):
                 output = model(*args, **kwargs)
         except GraphPruneError:
             raise
         except Exception as error:
-            raise _cannot_run(model, inputs, error, recorder.failed_in(error)) from error
+            if recorder.weightless is not None and is_about_values(error):
+                raise unreadable(PYTHON, place(recorder.failed_in(error)), "") from error
+            raise cannot_run(model, inputs, error, recorder.failed_in(error)) from error
+        if on_output is not None:
+            on_output(output)
         recorder.finish(output)
     return recorder.program()
-
-
-def _cannot_run(model: nn.Module, inputs: Inputs, error: Exception, path: str) -> InputError:
-    where = f" in {path!r}" if path else ""
-    shapes = ", ".join(str(tuple(t.shape)) for t in inputs.tensors())
-    reason = " ".join(str(error).split())
-    what = f"{type(model).__name__} cannot run on example inputs of shape {shapes}: {type(error).__name__}{where}: {reason}"
-    return InputError(what.rstrip("."), "Pass inputs that model(...) accepts")
 
 
 class _Recorder(TorchDispatchMode):
@@ -121,6 +135,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: dict[str, torch.Tensor] = {}
         self.on_value = on_value
         self.on_call = on_call
+        self.runner: Runner | None = None
         self._decompose: dict[Any, bool] = {}
         self._external: dict[int, fx.Node | str] = {}
         self._alive: list[torch.Tensor] = []
@@ -128,6 +143,7 @@ class _Recorder(TorchDispatchMode):
         self._failure: tuple[int, str] = (0, "")
         self._last_read: fx.Node | None = None
         self._register_tensors(model)
+        self.weightless = Weightless.running(model, inputs.tensors(), self.node_of, lambda: place(self.stack[-1] if self.stack else ""))
 
     # -- inputs, parameters, outputs ---------------------------------------------------------------------------------------------
 
@@ -159,7 +175,7 @@ class _Recorder(TorchDispatchMode):
         """Makes a placeholder per argument; returns the arguments to call the model with."""
         inputs = self.inputs.copied()
         args, kwargs = inputs.args, inputs.kwargs
-        names = _argument_names(self.model, len(args), list(kwargs))
+        names = argument_names(self.model, len(args), list(kwargs))
         for name, value in zip(names, [*args, *kwargs.values()], strict=True):
             literal = isinstance(value, (int, float, bool, str, type(None)))
             node = self.graph.placeholder(name, default_value=value) if literal else self.graph.placeholder(name)
@@ -179,7 +195,7 @@ class _Recorder(TorchDispatchMode):
                 self._bind_item(node, key, item)
 
     def _bind_item(self, node: fx.Node, key: Any, item: object) -> None:
-        if any(isinstance(v, torch.Tensor) for v in _leaves(item)):
+        if any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(item)):
             part = self.graph.call_function(operator.getitem, (node, key))
             part.meta.update(module="", shapes=[], placeholder=True)
             self._bind(part, item)
@@ -202,26 +218,11 @@ class _Recorder(TorchDispatchMode):
 
     def finish(self, output: object) -> None:
         """Records what the model returned, then takes the marks off tensors that outlive the recording."""
-        self.graph.output(self._outputs(output))
+        self.graph.output(restated(output, self.node_of, self._wrapped))
         for reference in self._marked:
             tensor = reference()
             if tensor is not None:
                 tensor.__dict__.pop(_NODE, None)
-
-    def _outputs(self, value: Any) -> Any:
-        """Returns the same structure with nodes in the tensors' places; what no graph can hold becomes None."""
-        if isinstance(value, torch.Tensor):
-            return self.node_of(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return self._wrapped(type(value), {f.name: self._outputs(getattr(value, f.name)) for f in dataclasses.fields(value)})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._wrapped(type(value), {k: self._outputs(getattr(value, k)) for k in value._fields})
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._outputs(v) for v in value)
-        if isinstance(value, dict):
-            items = {k: self._outputs(v) for k, v in value.items()}
-            return items if type(value) is dict else self._wrapped(type(value), items)
-        return value if isinstance(value, (int, float, bool, str, torch.dtype, torch.device)) else None
 
     def _wrapped(self, kind: Any, items: dict[str, Any]) -> fx.Node:
         node = self.graph.call_function(kind, (), items)
@@ -285,12 +286,17 @@ class _Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
-        node_args, node_kwargs = self._lower(args), {k: self._lower(v) for k, v in kwargs.items()}
-        node = self.graph.call_function(func, node_args, node_kwargs)
-        path = self.stack[-1] if self.stack else ""
-        constant = not any(not n.meta.get("constant", False) for n in node.all_input_nodes)
-        node.meta.update(module=path, shapes=[], constant=constant)
+        node = self._call(func, args, kwargs)
+        result = self._run(node, func, args, kwargs)
+        node.meta["decides"] = kind = decision(func, args, kwargs, result, constant=self._decides_nothing(node, func, args, kwargs))
+        node.meta["delicate"] = rounds_matter(kind, args, kwargs)
+        if isinstance(result, (bool, int, float, complex)):
+            node.meta["value"] = result
+        constant = node.meta["constant"] = node.meta["constant"] and (kind != "random" or kwargs.get("generator") is not None)
+        path = node.meta["module"]
+        if not constant and rule_for(func) is None:
+            with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (copying the tensors is no part of the program)
+                node.meta["recorded"] = Recorded.of(func, args, kwargs)
         if isinstance(result, torch.Tensor):
             self._made(node, result)
         elif isinstance(result, (list, tuple)):
@@ -298,6 +304,36 @@ class _Recorder(TorchDispatchMode):
         if self.on_call is not None:
             self.on_call()
         return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.call_function(func, self._lower(args), {k: self._lower(v) for k, v in kwargs.items()})
+        constant = not any(not n.meta.get("constant", False) for n in node.all_input_nodes)
+        node.meta.update(module=self.stack[-1] if self.stack else "", shapes=[], constant=constant)
+        return node
+
+    def _run(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            called = func if self.weightless is None else self.weightless.operator(func)
+            return called(*args, **kwargs) if self.runner is None else self.runner(node, called, args, kwargs)
+        except Exception:
+            self.graph.erase_node(node)
+            raise
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Notes that Python takes the values of a whole tensor; returns the tensor to take them from."""
+        func = torch.ops.aten.item.default
+        if self.weightless is not None:
+            self.weightless.require(tensor)
+        node = self._call(func, (tensor,), {})
+        node.meta["whole"] = True
+        node.meta["decides"] = kind = decision(func, (tensor,), {}, None, constant=node.meta["constant"])
+        node.meta["delicate"] = rounds_matter(kind, (tensor,), {})
+        with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (what is copied here is no part of the program)
+            node.meta["value"] = None if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta else tensor.detach().clone()
+            taken: torch.Tensor = tensor if self.runner is None else self.runner(node, func, (tensor,), {})
+        if self.on_call is not None:
+            self.on_call()
+        return taken
 
     def _made(self, node: fx.Node, tensor: torch.Tensor) -> None:
         node.meta["shapes"] = [tuple(tensor.shape)]
@@ -319,6 +355,11 @@ class _Recorder(TorchDispatchMode):
                 part = self.graph.call_function(operator.getitem, (node, i))
                 part.meta.update(module=path, constant=constant)
                 self._made(part, tensor)
+
+    def _decides_nothing(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Returns whether what a call decides is the same in every run: all of its tensors are constants, or those that decide are."""
+        deciding = sized_by(func, args, kwargs)
+        return bool(node.meta["constant"] or (deciding and all(self.node_of(t).meta.get("constant") for t in deciding)))
 
     def _must_decompose(self, func: Any) -> bool:
         known = self._decompose.get(func)
@@ -343,26 +384,10 @@ class _Recorder(TorchDispatchMode):
         return Program(self.graph, used, parameters, constants, self.aliases, self.modules, self.inputs, unused, list(self.ran))
 
 
-def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _argument_names(model: nn.Module, positional: int, keywords: list[str]) -> list[str]:
-    """Returns one name per argument, those of the forward's signature where it has them."""
-    try:
-        parameters = list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [named[i] if i < len(named) else f"input_{i}" for i in range(positional)]
-    return [*names, *keywords]
+def node_behind(tensor: torch.Tensor) -> fx.Node | None:
+    """Returns the node that made a tensor in the recording now running (None for inputs, parameters and literals)."""
+    found = tensor.__dict__.get(_NODE)
+    return None if found is None else found[1]
 
 
 def _follows_placeholder(node: fx.Node) -> bool:

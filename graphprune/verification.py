@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
@@ -36,16 +37,28 @@ class Check:
         error: largest difference between shrunk and masked outputs, relative to the largest masked output.
         effect: largest difference between masked and original outputs, relative to the largest original output.
         tolerance: what the error is held against.
+        ties: how many decisions (positions, sizes, Python numbers) fell otherwise in the shrunk model though what went into them was equal
+            up to rounding; it was given the masked model's, so that everything after them could be compared.
+        empty: whether the outputs have no elements.
     """
 
     error: float
     effect: float
     tolerance: float
+    ties: int = 0
+    empty: bool = False
 
     @property
     def passed(self) -> bool:
         """Whether the error is within tolerance."""
         return self.error <= self.tolerance
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What somebody who relies on the comparison should know."""
+        ties = f"{self.ties} decisions by value fell otherwise than in the masked model, on values that are equal up to rounding"
+        empty = "The model gives nothing for the example inputs, so what it does with results that it finds was not compared"
+        return (*([ties] if self.ties else []), *([empty] if self.empty else []))
 
 
 def output_tensors(output: object) -> list[torch.Tensor]:
@@ -64,7 +77,10 @@ def output_tensors(output: object) -> list[torch.Tensor]:
 
 
 def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """Returns the largest difference between two outputs, relative to the largest value of the first; inf where shapes differ."""
+    """Returns the largest difference between two outputs, relative to the largest value of the first; inf where shapes differ.
+
+    Infinities of one sign are equal, and so is NaN to NaN.
+    """
     if len(a) != len(b):
         return float("inf")
     worst = 0.0
@@ -74,7 +90,7 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
         if x.numel():
             x64, y64 = _plain(x), _plain(y)
             scale = float(torch.where(x64.isfinite(), x64, 0.0).abs().max())
-            gap = float(torch.where(x64 == y64, 0.0, x64 - y64).abs().max())
+            gap = float(torch.where((x64 == y64) | (x64.isnan() & y64.isnan()), 0.0, x64 - y64).abs().max())
             relative = gap / scale if scale > 0 else gap
             worst = max(worst, relative if relative == relative else float("inf"))  # noqa: PLR0124 (NaN is not itself)
     return worst
@@ -107,12 +123,12 @@ def masked_outputs(
             if node.op == "placeholder":
                 env[node] = next(arguments)
             elif node.op == "get_attr":
-                env[node] = _masked_tensor(str(node.target), removal, positions, tensors)
+                env[node] = masked_tensor(str(node.target), removal, positions, tensors)
             elif node.op == "output":
                 return output_tensors(_loaded(node.args[0], env))
             else:
                 env[node] = _masked_call(node, env, removal)
-                if on_value is not None:
+                if on_value is not None and not node.meta.get("placeholder"):
                     on_value(node, env[node])
             for done in last.get(node, ()):
                 env.pop(done, None)
@@ -130,7 +146,8 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return out
 
 
-def _masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, Any]], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, Any]], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns a tensor of the model with zeros in the removed positions (its own memory where it has none)."""
     program = removal.analysis.program
     tensor = tensors[name] if name in tensors else program.constants[name]
     dims = positions.get(name)
@@ -156,17 +173,19 @@ def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> An
     target: Any = node.target
     notes = removal.analysis.notes.get(node)
     if notes is not None and any(removal.loses(labels) for labels in (*notes.statistics, *notes.kept_only)):
-        return _over_kept(node, env, removal)
+        return over_kept(node, env, removal)
     args, kwargs = _loaded(node.args, env), _loaded(dict(node.kwargs), env)
+    if node.meta.get("whole"):  # Python took out the values of a tensor
+        return None
     if target is operator.getitem and not hasattr(args[0], "__getitem__"):
         return None
     return target(*args, **kwargs)
 
 
-def _over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
+def over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
     """Runs one operator on kept channels only, and puts its result back at full width with zeros elsewhere."""
     call, _ = rewrite(node, removal)
-    small = {n: _gathered(env[n], removal.analysis.values[n], removal) for n in node.all_input_nodes}
+    small = {n: gathered(env[n], removal.analysis.values[n], removal) for n in node.all_input_nodes}
     args, kwargs = call.split()
     result = call.target(*_loaded(args, small), **_loaded(kwargs, small))
     values = removal.analysis.values[node]
@@ -175,7 +194,8 @@ def _over_kept(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> Any:
     return _scattered(result, values, removal)
 
 
-def _gathered(tensor: Any, value: Value | list[Value] | None, removal: Removal) -> Any:
+def gathered(tensor: Any, value: Value | list[Value] | None, removal: Removal) -> Any:
+    """Returns the kept positions of a tensor, given its labels."""
     if not isinstance(value, Value):
         return tensor
     for d, labels in enumerate(value.labels):
@@ -211,7 +231,7 @@ def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: 
         place = f"{_name(node)} in {node.meta['module'] or 'the model itself'}"
         if node.target != other.target:
             return f"{place}, where the shrunk model runs {_name(other)} instead"
-        expected = _gathered(full, removal.analysis.values[node], removal)
+        expected = gathered(full, removal.analysis.values[node], removal)
         if tuple(expected.shape) != tuple(actual.shape):
             return f"{place}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
         if expected.is_floating_point() and difference([expected], [actual]) > tolerance:
@@ -220,6 +240,24 @@ def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: 
         node = wanted[len(found)][0]
         return f"{_name(node)} in {node.meta['module'] or 'the model itself'}: {failure}"
     return failure or "no single operator: the programs agree node by node"
+
+
+def runs_as_recorded(small: nn.Module, removal: Removal) -> bool:
+    """Returns whether a shrunk model runs the recorded operators with the recorded fractions.
+
+    Where it does not, its forward decides or computes something by the sizes that it meets, as a scale of 1 / sqrt(width).
+    """
+    program = removal.analysis.program
+    try:
+        return _calls(record(small, program.inputs)) == _calls(program)
+    except GraphPruneError:
+        return False
+
+
+def _calls(program: Program) -> list[tuple[Any, list[float]]]:
+    """Returns the operators in order, each with its fractional arguments."""
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    return [(n.target, [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, float)]) for n in calls]
 
 
 def _name(node: fx.Node) -> str:

@@ -18,11 +18,12 @@ PACKAGE = "graphprune"
 # A new room must be entered here, in the highest row that it can stand in.
 LAYERS = (
     {"errors", "graph", "config", "selectors"},
-    {"labels", "inputs"},
+    {"labels", "inputs", "meta"},
     {"ops"},
-    {"contexts", "tracing", "labelling", "provenance", "groups"},
+    {"caches", "contexts", "decisions", "probing", "tracing", "labelling", "aliasing", "provenance", "footprints", "groups"},
+    {"arithmetic"},
     {"masks", "criteria", "budgets", "calibration", "cost", "pruners"},
-    {"surgery", "verification", "recipes"},
+    {"surgery", "verification", "lockstep", "references", "recipes"},
     {"export", "latency", "pruning"},
     {"schedules", "search"},
     {"report", "cli", "demo", "__init__", "__main__"},

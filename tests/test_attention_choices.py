@@ -138,7 +138,8 @@ def test_the_report_says_what_went_instead() -> None:
 def test_widths_in_one_tensor_are_one_width() -> None:
     """Queries, keys and values that lie in one tensor of shape (3, heads, width) have one width; asked for one of them, heads go."""
     model, x = network(Fused)
-    for cut, rows in {"within": 3 * 4 * 3, "value": 3 * 2 * 6}.items():
+    expected: dict[Any, int] = {"within": 3 * 4 * 3, "value": 3 * 2 * 6}
+    for cut, rows in expected.items():
         small, _ = gp.prune(model, x, sparsity=0.5, cut=cut)
         assert widths(small)["qkv"] == rows
 

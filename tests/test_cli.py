@@ -53,12 +53,12 @@ class Tokens(nn.Module):
     def forward(self, x, *, scale):
         return self.out(torch.relu(self.hidden(self.table(x)) * scale[:, None, None]).mean(1))
 
-class Renormed(Net):
-    """Limits the norms of the channels with an operator that has no rule."""
+class Spectral(Net):
+    """Takes a spectrum across the channels, with an operator that has no rule."""
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
-        return self.fc(torch.relu(self.mid(torch.renorm(self.conv(x), 2, 1, 1.0) + x)).mean((2, 3)))
+        return self.fc(torch.relu(self.mid(torch.fft.fft(self.conv(x), dim=1).abs() + x)).mean((2, 3)))
 
 class Tied(nn.Module):
     """Two layers that share a weight."""
@@ -179,10 +179,10 @@ def test_inspect_explains_a_layer(net: str) -> None:
 
 def test_inspect_names_operators_without_a_rule(models: Path) -> None:
     """An operator without a rule is no error: it is named, with what it costs."""
-    name = f"{models}:Renormed"
+    name = f"{models}:Spectral"
     unknown = done("inspect", name, *IMAGE)["unknown"]
-    assert [item["operator"] for item in unknown] == ["aten::renorm"]
-    assert "renorm" in run("inspect", name, *IMAGE).stdout
+    assert [item["operator"] for item in unknown] == ["aten::_fft_r2c"]
+    assert "_fft_r2c" in run("inspect", name, *IMAGE).stdout
 
 
 # -- prune -----------------------------------------------------------------------------------------------------------------------

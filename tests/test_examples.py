@@ -26,11 +26,12 @@ PROMISES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         ("masks.safetensors",),
     ),
     "custom_operator": (
-        (r"example::channel_gain freezes 16 channels", r"with a rule: 1 group of 16 channels", r"gain has 8 of 16 entries"),
+        (r"without a rule: conv1 with 16 channels\n", r"example::channel_norm freezes 24 channels",
+         r"with a rule: conv1 with 16 channels, conv2 with 24 channels", r"gain has 8 of 16 entries"),
         ("small.safetensors",),
     ),
     "inspect_dependencies": (
-        (r"  stem: 16 channels, exact", r"norm\.weight dim 0, 2 per channel, first \[0, 16\]", r"has one position picked by a literal",
+        (r"  stem: 16 channels, exact", r"norm\.weight dim 0, 2 per channel, first \[0, 16\]", r"is picked by a literal position",
          r"Order of the layers: stem inner outer depthwise norm gate head"),
         ("dependencies.json",),
     ),

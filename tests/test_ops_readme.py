@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
+from torch import nn
 
 import graphprune as gp
 from graphprune.ops.registry import RULES, Op
 from tests.support.invariants import evaluate
-from tests.support.operators import Case, check, conv, images
+from tests.support.operators import Case, check, images, sequences
 
 ROOT: Final = Path(__file__).parents[1]
 README: Final = ROOT / "graphprune" / "ops" / "README.md"
-OPERATOR: Final = "aten::slice_scatter"
-FREEZES: Final = {"a.weight/0": "has no rule", "b.weight/0": "has no rule"}
+OPERATOR: Final = "aten::select_scatter"
+FREEZES: Final = {"a.weight/0": "has no rule"}
 
 
 def blocks() -> list[str]:
@@ -53,29 +54,35 @@ def example() -> Case:
     return case
 
 
-def written(arguments: tuple[int, ...], groups: list[str], name: str, **options: Any) -> Case:
-    """Returns a case in which the 4 channels of b are written over some of the 8 channels of a, with these arguments."""
-    parts = {"a": conv(3, 8), "b": conv(3, 4), "c": conv(8, 4)}
-    return Case(name, lambda m, x: m.c(torch.slice_scatter(m.a(x).relu(), m.b(x).tanh(), *arguments)), parts, groups, **options)
+def written(*arguments: int) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Returns a forward pass in which what b makes of the mean token is written over one token, or channel, of what a makes of all."""
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = m.c(torch.select_scatter(m.a(x).relu(), m.b(x).mean(arguments[0]).tanh(), *arguments))
+        return out
+
+    return run
 
 
-A, C = "a.bias/0 a.weight/0", "c.weight/1"
-GROUPS = [f"4 exact: {A} b.bias/0 b.weight/0 {C}", f"4 exact: {A} {C}"]
-DECLINED: Any = {"frozen": {"a.weight/0": "positions counted from the end"}, "unknown": [(OPERATOR, "", 12)]}
+A, B, C = "a.bias/0 a.weight/0", "b.bias/0 b.weight/0", "c.weight/1"
+PARTS: Final = {"a": nn.Linear(4, 8), "b": nn.Linear(4, 8), "c": nn.Linear(8, 4)}
+COUPLED = [f"8 exact: {A} {B} {C}"]
+DECLINED: Any = {"frozen": {"a.weight/0": "a position counted from the end"}, "unknown": [(OPERATOR, "", 16)]}
 BRANCHES = [
-    written((1, 4), GROUPS, "end left out"),
-    written((-3, 0, 4), GROUPS, "dimension from the end"),
-    written((1, 4, 100), GROUPS, "end beyond the size"),
-    written((1, -6, -2), [], "bounds from the end", **DECLINED),
-    written((1, 0, 8, 2), [], "with a step", **DECLINED),
-]
+    Case("over a token", written(1, 3), PARTS, COUPLED, inputs=sequences, kind="module"),
+    Case("dimension from the end", written(-2, 0), PARTS, COUPLED, inputs=sequences, kind="module"),
+    Case("position from the end", written(1, -1), PARTS, [], inputs=sequences, **DECLINED),
+    Case("over a channel", lambda m, x: m.c(torch.select_scatter(m.a(x).relu(), x[:, :, 0], -1, 5)), {k: PARTS[k] for k in "ac"},
+         [f"7 exact: {A} {C}"], {"c.weight/1": "written over by position"}, inputs=sequences, kind="graph"),
+]  # fmt: skip
 
 
 def test_operator_has_no_rule_yet() -> None:
     """The example of the guide is a real gap: without the rule the operator freezes all that enters it, and says so."""
     assert OPERATOR not in RULES, "this operator has a rule now: choose another one for the guide"
     case = example()
-    frozen = Case("without a rule", case.run, case.parts, [], frozen=FREEZES, unknown=[(OPERATOR, "", 12)])
+    groups = ["4 exact: b.bias/0 b.weight/0"]
+    frozen = Case("without a rule", case.run, case.parts, groups, frozen=FREEZES, unknown=[(OPERATOR, "", 8)])
     check(frozen)
 
 
@@ -94,19 +101,19 @@ def test_branches_of_the_rule(case: Case) -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_pruned_network_computes_the_formula() -> None:
-    """After gp.prune, the bounds are the number of survivors: the result is the formula over the kept channels, written out by hand."""
+    """After gp.prune, the position is the number of survivors before it: the result is the formula over the kept channels, by hand."""
     model, x = example().build(), images(2)
     masks = gp.L1NormPruner(model, [{"sparsity": 0.5}], example_inputs=x).masks()
     keep = {name: torch.from_numpy(positions[0]) for name, positions in masks.positions().items() if name in {"a.weight", "b.weight"}}
     small, report = gp.prune(model, x, sparsity=0.5)
     assert report.verified
     assert (small.get_parameter("a.weight").shape[0], small.get_parameter("b.weight").shape[0]) == (4, 2)
-    a, b = torch.relu(model.get_submodule("a")(x)), torch.tanh(model.get_submodule("b")(x))
-    joined = torch.cat([a[:, :3], b, a[:, 7:]], dim=1)[:, keep["a.weight"]]
+    a, b = torch.relu(model.get_submodule("a")(x)), torch.tanh(model.get_submodule("b")(x))[:, keep["b.weight"]].sum(1, keepdim=True)
+    joined = torch.cat([a[:, :3], b, a[:, 4:]], dim=1)[:, keep["a.weight"]]
     c: Any = model.get_submodule("c")
     expected = torch.conv2d(joined, c.weight[:, keep["a.weight"]], c.bias, padding=1)
     torch.testing.assert_close(evaluate(small, x)[0], expected, rtol=0, atol=1e-12)
-    assert torch.equal(keep["b.weight"] + 3, keep["a.weight"][(keep["a.weight"] >= 3) & (keep["a.weight"] < 7)])
+    assert 3 in keep["a.weight"]
 
 
 def test_rules_are_as_before() -> None:

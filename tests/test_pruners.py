@@ -362,3 +362,43 @@ def test_a_failing_call_leaves_model_and_config_alone() -> None:
         gp.prune(model, images(2), config_list=config)
     assert changes(before, snapshot(model)) == []
     assert config == listed
+
+
+class _Mixed(nn.Module):
+    """A parameter of the model's own, between two convolutions, that some channels only come from."""
+
+    def __init__(self) -> None:
+        """Makes the layers."""
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(10, 4, 1)
+        self.mix = nn.Parameter(torch.linspace(-1, 1, 160).reshape(16, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mixes channels with a product that no layer makes."""
+        mixed: torch.Tensor = self.b(torch.einsum("nchw,cd->ndhw", self.a(x), self.mix))
+        return mixed
+
+
+def test_channels_of_a_bare_parameter_are_asked_for_too() -> None:
+    """One sparsity for all groups means those as well whose channels come from no layer."""
+    small, report = gp.prune(filled(_Mixed()), images(2), sparsity=0.5)
+    assert small.get_parameter("mix").shape == (8, 5)
+    assert report.error < 1e-5
+
+
+def test_where_no_block_can_go_positions_within_do() -> None:
+    """Channels that form a single block, beside other positions, lose what is within it: the default cut is not left with nothing."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = m.a(x)
+        x = torch.cat([x.tanh(), m.side(x)], 1)
+        n, c, h, w = x.shape
+        out: torch.Tensor = m.b(x.view(n, 2, 12, h, w).transpose(1, 2).reshape(n, c, h, w))
+        return out
+
+    model = filled(Network(forward, {"a": conv(3, 16), "side": conv(16, 8), "b": conv(24, 4)}))
+    _, report = gp.prune(model, images(2), sparsity=0.5)
+    kept = {group.name: (group.channels, group.kept) for group in report.groups}
+    assert any(channels == 1 for channels, _ in kept.values())
+    assert all(after == max(channels // 2, 1) for channels, after in kept.values())
+    assert report.effect > 1e-3

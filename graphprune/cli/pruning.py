@@ -62,6 +62,10 @@ def prune(
             "--cut", help="What goes of attention heads and conv groups: whole blocks, positions within, both, or one kind of head width."
         ),
     ] = Cut.blocks,
+    keep_class: Annotated[
+        bool,
+        typer.Option("--keep-class", help="Keep more channels where the model's own code could not state the widths asked for."),
+    ] = False,
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Config list, a JSON file, in place of --sparsity.")
     ] = None,
@@ -83,6 +87,7 @@ def prune(
         "rounding": rounding.value,
         "round_to": round_to,
         "cut": cut.value,
+        "keep_class": keep_class,
     }
     with files.collected(out) as folder:
         with screen.busy(f"building {model}"):

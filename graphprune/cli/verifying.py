@@ -58,6 +58,7 @@ def verify(
     if tolerance is not None:
         check = Check(check.error, check.effect, tolerance)
     notes = ["The mask has no effect on these inputs, so that a comparison says little"] if not check.effect else []
+    notes += [*check.remarks]
     notes += [f"{len(other)} tensors {_TRAINED}: {', '.join(other[:3])}{' ...' if other[3:] else ''}"] if other else []
     verdict = "the same" if check.passed else "DIFFERENT"
     line = f"{verdict}: error {check.error:.1e} (at most {check.tolerance:.0e}), effect of the mask {check.effect:.1e}"
@@ -76,21 +77,19 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
     """
     from graphprune.inputs import run, undisturbed
     from graphprune.masks import checked_tensors
+    from graphprune.references import reference_for
     from graphprune.surgery.rewriting import Removal
     from graphprune.surgery.speedup import speedup
-    from graphprune.verification import Check, difference, masked_outputs, output_tensors, tolerance_for
 
     for step in recipe.steps[:-1]:
         dense, _ = speedup(dense, _masks(dense, step, inputs), verify=False, result=step.kind)
     masks = _masks(dense, recipe.steps[-1], inputs)
     analysis = masks.graph.engine
     tensors = checked_tensors(dense, masks.graph)
-    masked = masked_outputs(Removal(analysis, analysis.removed(masks.removed_causes)), masks, tensors)
-    outputs = []
-    for network in (dense, small):
-        with undisturbed(network):
-            outputs.append(output_tensors(run(network, inputs.copied())))
-    return Check(difference(masked, outputs[1]), difference(outputs[0], masked), tolerance_for(analysis.program))
+    reference = reference_for(dense, Removal(analysis, analysis.removed(masks.removed_causes)), masks, tensors)
+    with undisturbed(small):
+        run(small, inputs.copied())
+    return reference.check(small)
 
 
 def _masks(model: nn.Module, step: Step, inputs: Inputs) -> Masks:

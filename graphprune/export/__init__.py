@@ -24,6 +24,7 @@ from graphprune.export.job import Job, jobs
 from graphprune.export.proof import Facts, prove
 from graphprune.export.writers import WRITERS, GuessedError, RefusedError, cause, write
 from graphprune.inputs import normalise
+from graphprune.meta import require_values
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -95,6 +96,7 @@ def export_onnx(
     target = _checked_target(Path(path))
     exporters = _checked_options(opset, tolerance, exporter, check=check)
     notes: list[str] = []
+    require_values(model, "export_onnx")
     wanted = jobs(model, normalise(example_inputs), notes, opset=opset, check=check, dynamic_batch=dynamic_batch)
     failures: list[Exception] = []
     with _folder_beside(target) as folder:

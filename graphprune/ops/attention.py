@@ -18,10 +18,13 @@ from graphprune.ops.pointwise import broadcast, covers
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 
-@rule(aten.scaled_dot_product_attention)
-def attention(op: Op) -> Labels:
-    """`scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)`."""
-    q, k, v, mask = op["query"], op["key"], op["value"], op["attn_mask"]
+@rule(aten.scaled_dot_product_attention, aten._scaled_dot_product_attention_math, aten._scaled_dot_product_flash_attention,
+      aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_efficient_attention,
+      aten._scaled_dot_product_cudnn_attention)  # fmt: skip
+def attention(op: Op) -> Labels | list[Labels]:
+    """`scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)`, and the kernels behind it by name."""
+    q, k, v = op["query"], op["key"], op["value"]
+    mask = op["attn_mask"] if op["attn_mask"] is not None else op["attn_bias"]
     width = contract(op, q, -1, k, -1)
     if op["scale"] is None:
         op.explicit("scale", 1.0 / math.sqrt(q.shape[-1]), width)
@@ -36,7 +39,9 @@ def attention(op: Op) -> Labels:
         scores = Value((*op.shape[:-2], q.shape[-2], k.shape[-2]), [*batch, target, source], op.name)
         batch = broadcast(op, [scores, mask], scores.shape)[:-2]
     op.zero = v.zero and target is None and covers(_lead(op, v), batch)
-    return [*batch, target, op.dim(v, -1)]
+    out = [*batch, target, op.dim(v, -1)]
+    rest = [[*batch, target] if s == op.shape[:-1] else [None] * len(s) for s in op.outputs[1:]]
+    return [out, *rest] if rest else out
 
 
 def _batch(op: Op, q: Value, k: Value, v: Value) -> Labels:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphprune.labels import Dim
+from graphprune.ops.linear import contract
 from graphprune.ops.pointwise import alone
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
 
@@ -28,12 +29,12 @@ def convolution(op: Op) -> Labels:
     labels = op.dims(x)
     freeze_kernel(op, weight)
     if groups == 1:
-        op.bind(weight, 1, labels[channel])
+        labels[channel] = contract(op, x, channel, weight, 1)
         out = op.dim(weight, 0)
     else:
-        out = _grouped(op, labels[channel], weight, groups, in_dim=1, out_dim=0)
+        out = grouped(op, x, channel, weight, groups)
     op.produce(weight, 0)
-    return _finish(op, labels, channel, out, bias)
+    return finish(op, labels, channel, out, weight, bias)
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
@@ -45,12 +46,12 @@ def transposed(op: Op) -> Labels:
     labels = op.dims(x)
     freeze_kernel(op, weight)
     if groups == 1:
-        op.bind(weight, 0, labels[channel])
+        labels[channel] = contract(op, x, channel, weight, 0)
         out = op.dim(weight, 1)
     else:
-        out = _grouped_transposed(op, labels[channel], weight, groups)
+        out = _grouped_transposed(op, x, channel, weight, groups)
     op.produce(weight, 1)
-    return _finish(op, labels, channel, out, bias)
+    return finish(op, labels, channel, out, weight, bias)
 
 
 @rule(aten.convolution, aten._convolution)
@@ -59,21 +60,24 @@ def general(op: Op) -> Labels:
     return transposed(op) if op["transposed"] else convolution(op)
 
 
-@rule("torchvision::deform_conv2d")
-def deformable(op: Op) -> Labels:
-    """Deformable convolution: offsets and modulation masks are spatial, so they freeze; input and weight couple as usual."""
-    x, weight, bias = op["input"], op["weight"], op["bias"]
-    op.freeze_value(op["offset"], "moves the sampling points of a deformable convolution")
-    op.freeze_value(op["mask"], "modulates the sampling points of a deformable convolution")
-    labels = op.dims(x)
-    freeze_kernel(op, weight)
-    if op.get("groups", op.get("n_weight_grps", 1)) != 1 or op.get("offset_groups", op.get("n_offset_grps", 1)) != 1:
-        op.freeze(labels[1], "enters a deformable convolution with groups")
-        labels[1] = None
-        op.freeze(op.dim(weight, 0), "leaves a deformable convolution with groups")
-    op.bind(weight, 1, labels[1])
-    op.produce(weight, 0)
-    return _finish(op, labels, 1, op.dim(weight, 0), bias)
+@rule(aten.conv_tbc)
+def time_first(op: Op) -> Labels:
+    """`conv_tbc(x, w, b, pad)`: x is (time, batch, channels), w is (kernel, in, out)."""
+    x, weight, bias = op["self"], op["weight"], op["bias"]
+    op.freeze(op.dim(x, 0), MOVES_IN_SPACE)
+    op.freeze_value(weight, KERNEL, keep=(1, 2))
+    contract(op, x, 2, weight, 1)
+    out = op.bind(bias, 0, op.dim(weight, 2))
+    op.produce(weight, 2)
+    batch = op.dim(x, 1)
+    op.zero = weight.zero and bias.zero and batch is None
+    return [None, batch, out]
+
+
+def _inside(op: Op, x: Value, labels: Dim, weight: Value) -> None:
+    """Where the removed is zero neither in the input nor in the weight, the sum over a conv group is a statistic."""
+    if not (x.zero or weight.zero):
+        op.statistic(labels)
 
 
 def freeze_kernel(op: Op, weight: Value) -> None:
@@ -89,25 +93,27 @@ def _channel(op: Op, x: Value, weight: Value) -> int:
     return channel
 
 
-def _finish(op: Op, labels: Labels, channel: int, out: Dim, bias: Value | None) -> Labels:
+def finish(op: Op, labels: Labels, channel: int, out: Dim, weight: Value, bias: Value | None) -> Labels:
+    """Returns the labels of the output of a convolution over `labels`, whose output channels have the labels `out`."""
     if bias is not None:
         out = op.bind(bias, 0, out)
-    op.zero = alone(labels[: channel + 1], channel)
+    op.zero = weight.zero and (bias is None or bias.zero) and alone(labels[: channel + 1], channel)
     return [*labels[:channel], out, *[None] * (len(labels) - channel - 1)]
 
 
-def _grouped(op: Op, x: Dim, weight: Value, groups: int, in_dim: int, out_dim: int) -> Dim:
+def grouped(op: Op, x: Value, channel: int, weight: Value, groups: int) -> Dim:
     """Couples a grouped convolution; returns the labels of its output channels."""
-    per_group = weight.shape[in_dim]
-    blocks, within = cut(op, x, (groups, per_group), "is cut into conv groups that cannot shrink")
-    op.bind(weight, in_dim, within)
-    return _block_outputs(op, weight, out_dim, groups, blocks)
+    blocks, within = cut(op, op.dim(x, channel), (groups, weight.shape[1]), "is cut into conv groups that cannot shrink")
+    within = op.bind(weight, 1, within)
+    _inside(op, x, within, weight)
+    return _block_outputs(op, weight, 0, groups, blocks)
 
 
-def _grouped_transposed(op: Op, x: Dim, weight: Value, groups: int) -> Dim:
+def _grouped_transposed(op: Op, x: Value, channel: int, weight: Value, groups: int) -> Dim:
     """The weight's dim 0 is (G, C/G), its dim 1 is O/G shared by all conv groups."""
-    op.bind(weight, 0, x)
-    blocks, _ = cut(op, op.dim(weight, 0), (groups, weight.shape[0] // groups), "is cut into conv groups that cannot shrink")
+    op.bind(weight, 0, op.dim(x, channel))
+    blocks, inner = cut(op, op.dim(weight, 0), (groups, weight.shape[0] // groups), "is cut into conv groups that cannot shrink")
+    _inside(op, x, inner, weight)
     if blocks is not None:
         op.extent("groups", blocks)
     within = op.dim(weight, 1)

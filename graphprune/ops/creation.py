@@ -5,17 +5,35 @@ from __future__ import annotations
 from graphprune.ops.registry import Labels, Op, aten, rule
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.arange, aten.linspace, aten.eye, aten.scalar_tensor, aten.rand, aten.randn,
-      aten.randint, aten.randperm, aten.tril_indices, aten.triu_indices, aten.hann_window, aten.hamming_window)  # fmt: skip
-def made(op: Op) -> Labels:
-    """A tensor made from literals."""
+@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
+def filled(op: Op) -> Labels:
+    """A tensor filled with one number: it may be as long as what it meets."""
     op.constant = True
-    return [None] * len(op.shape)
+    labels = [op.uniform(d) for d in range(len(op.shape))]
+    op.zero = op.name in {"aten::zeros", "aten::new_zeros"} or op["fill_value"] == 0
+    op.sizes("size", op["size"], labels)
+    return labels
 
 
-@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_tensor)
-def made_like(op: Op) -> Labels:
-    """A tensor made from literals, with another's dtype and device."""
+@rule(aten.eye)
+def eye(op: Op) -> Labels:
+    """`eye(n)`: rows and columns with one number go together, and what is left is the identity of that size."""
+    op.constant = True
+    if op.shape[0] != op.shape[1]:
+        return [None, None]
+    labels = op.uniform(0) if op.open >= {0, 1} else None
+    op.offered = True
+    op.zero = True
+    op.extent("n", labels)
+    if op["m"] is not None:
+        op.extent("m", labels)
+    return [labels, labels]
+
+
+@rule(aten.arange, aten.linspace, aten.scalar_tensor, aten.rand, aten.randn, aten.randint, aten.randperm, aten.tril_indices,
+      aten.triu_indices, aten.hann_window, aten.hamming_window, aten.new_tensor)  # fmt: skip
+def made(op: Op) -> Labels:
+    """A tensor made from literals, whose values differ from position to position."""
     op.constant = True
     return [None] * len(op.shape)
 

@@ -2,7 +2,7 @@
 
 x[:, a:b]        labels[a:b];  a becomes the number of survivors before a, b that before b
 x[:, table]      labels[table];  the table is renumbered
-x[:, i]          freezes the dimension
+x[:, i]          i stays, and becomes the number of survivors before it
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from graphprune.labels import Dim
+from graphprune.labels import Dim, Ids
 from graphprune.ops.pointwise import alone, broadcast
-from graphprune.ops.registry import Labels, Op, Value, aten, rule
+from graphprune.ops.registry import Labels, Op, Path, Piece, Value, aten, rule
 
 LOOKED_UP = "is looked up by position"
+AT_RUN_TIME = LOOKED_UP + " computed at run time"
 
 
 @rule(aten.slice)
@@ -27,20 +28,43 @@ def slice_(op: Op) -> Labels:
     whole = labels[dim]
     if whole is None or (start, end, step) == (0, x.shape[dim], 1):
         return labels
+    if step != 1 and op.written(x):
+        labels[dim] = _in_step(op, whole, start, end, step)
+        return labels
     labels[dim] = whole[start:end:step]
-    if step == 1 and (op["start"] or 0) >= 0 and (op["end"] or 0) >= 0:
-        if op["start"] is not None:
-            op.extent("start", whole[:start])
-        if op["end"] is not None:
-            op.extent("end", whole[:end])
-    else:
-        _list(op, x, dim, torch.arange(start, end, step), whole)
+    if step != 1:
+        list_positions(op, x, dim, np.arange(start, end, step), whole)
+        return labels
+    if (op["start"] or 0) < 0 or (op["end"] or 0) < 0:
+        op.become(torch.ops.aten.slice.Tensor, {"self": x, "dim": dim, "start": start, "end": max(start, end)})
+    bounds(op, whole, op["start"], op["end"], start, max(start, end))
     return labels
 
 
-def _list(op: Op, x: Value, dim: int, positions: torch.Tensor, whole: Dim) -> None:
-    """Says that once any of `whole` goes, positions are listed: steps, and bounds counted from the end, shift with what follows."""
-    op.become(torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": positions})
+def bounds(op: Op, whole: Ids, stated_start: int | None, stated_end: int | None, start: int, end: int) -> None:
+    """Says what the arguments `start` and `end` count, where they are stated; one that counts from the end makes both be stated."""
+    both = (stated_start or 0) < 0 or (stated_end or 0) < 0
+    if both or stated_start is not None:
+        op.extent("start", whole[:start])
+    if both or stated_end is not None:
+        op.extent("end", whole[:end])
+
+
+def _in_step(op: Op, whole: Ids, start: int, end: int, step: int) -> Dim:
+    """A view with a step that is written through must stay a view: whole runs of `step` neighbours go, so the step stays as it is."""
+    if start >= step or end <= whole.size - step + start or whole.size % step:
+        op.freeze(whole, "is written through a view with a step")
+        return None
+    _, within = op.table.split(whole, [whole.size // step, step], op.reason("is written through a view with a step"))
+    op.freeze(within, "is written through a view with a step")
+    if op["end"] is not None:
+        op.extent("end", whole)
+    return whole[start:end:step]
+
+
+def list_positions(op: Op, x: Value, dim: int, positions: Ids, whole: Dim) -> None:
+    """Says that once any of `whole` goes, positions are listed: what no bounds can state shifts with what goes."""
+    op.become(torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": torch.from_numpy(np.ascontiguousarray(positions))})
     op.remap("index", whole)
 
 
@@ -58,29 +82,43 @@ def narrow(op: Op) -> Labels:
         first = start % x.shape[dim]
         labels[dim] = whole[first : first + length]
         if start < 0:
-            _list(op, x, dim, torch.arange(first, first + length), whole)
-        else:
-            op.extent("start", whole[:first])
-            op.extent("length", whole[first : first + length])
+            op.become(torch.ops.aten.narrow.default, {"self": x, "dim": dim, "start": first, "length": length})
+        op.extent("start", whole[:first])
+        op.extent("length", whole[first : first + length])
     return labels
 
 
 @rule(aten.select)
 def select(op: Op) -> Labels:
-    """`x.select(dim, i)`: the dimension is looked up by a literal position."""
-    labels = op.dims(op["self"])
+    """`x.select(dim, i)`: the position that is picked stays, unless all of them are stacked again; those before it shift it."""
+    x: Value = op["self"]
+    labels = op.dims(x)
     dim = op["dim"] % len(labels)
-    op.freeze(labels[dim], "has one position picked by a literal")
-    return [v for d, v in enumerate(labels) if d != dim]
+    whole, position = labels.pop(dim), op["index"]
+    if whole is None:
+        return labels
+    if not isinstance(position, int):
+        op.freeze(whole, AT_RUN_TIME)
+        return labels
+    first = position % whole.size
+    op.pieces = [Piece(x, dim, first, whole[first : first + 1], op.reason("is picked by a literal position"))]
+    if position < 0:
+        op.become(torch.ops.aten.select.int, {"self": x, "dim": dim, "index": first})
+    op.extent("index", whole[:first])
+    return labels
 
 
 @rule(aten.unbind)
 def unbind(op: Op) -> list[Labels]:
-    """`x.unbind(dim)`: one output per position, so the dimension stays."""
-    labels = op.dims(op["self"])
+    """`x.unbind(dim)`: one output per position, so the dimension stays, unless they are stacked again."""
+    x: Value = op["self"]
+    labels = op.dims(x)
     dim = op.get("dim", 0) % len(labels)
-    op.freeze(labels[dim], "is taken apart position by position")
-    return [[v for d, v in enumerate(labels) if d != dim] for _ in op.outputs]
+    whole = labels.pop(dim)
+    if whole is not None:
+        reason = op.reason("is taken apart position by position")
+        op.pieces = [Piece(x, dim, i, whole, reason) for i in range(whole.size)]
+    return [list(labels) for _ in op.outputs]
 
 
 @rule(aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.unsafe_chunk, aten.tensor_split)
@@ -109,62 +147,95 @@ def split(op: Op) -> list[Labels]:
 def index_select(op: Op) -> Labels:
     """`index_select(x, dim, index)`: a constant index renumbers, a computed one freezes."""
     x, index = op["self"], op["index"]
-    dim = op["dim"] % len(x.shape)
     labels = op.dims(x)
-    labels[dim] = pick(op, labels[dim], index, "index")
+    dim = op["dim"] % max(len(x.shape), 1)
+    if not x.shape:
+        return labels
+    if not index.shape:
+        op.freeze(labels[dim], LOOKED_UP)
+        labels[dim] = None
+    else:
+        labels[dim] = pick(op, labels[dim], index, "index")[0]
     return labels
 
 
-def pick(op: Op, labels: Dim, index: Value, path: str | tuple[str | int, ...]) -> Dim:
-    """Returns the labels of a dimension looked up by a vector of positions."""
+def literal(op: Op, index: Value) -> Ids | None:
+    """Returns the positions that a constant index tensor names, those that are set where it is boolean; None for any other one."""
+    if index.tensor is None or not index.constant or op.written(index):
+        return None
+    table = index.tensor.detach().cpu()
+    if table.dtype == torch.bool:
+        return table.nonzero().squeeze(1).numpy() if table.ndim == 1 else None
+    return None if table.is_floating_point() or table.is_complex() else table.long().numpy()
+
+
+def pick(op: Op, labels: Dim, index: Value, path: str | Path) -> Labels:
+    """Returns the labels of what is looked up in a dimension by an index tensor, one entry per dimension of that."""
     if labels is None:
-        return op.dims(index)[0] if index.shape else None
-    if index.tensor is None or not index.constant or index.tensor.dtype == torch.bool:
-        op.freeze(labels, LOOKED_UP + " computed at run time")
-        return op.dims(index)[0] if index.shape else None
-    op.remap(path, labels)
-    return labels[index.tensor.cpu().numpy() % labels.size]  # type: ignore[no-any-return]
+        return [None] if index.boolean else op.dims(index)
+    table = literal(op, index)
+    if table is None:
+        op.freeze(labels, AT_RUN_TIME)
+        return [None] if index.boolean else op.dims(index)
+    found: Ids = labels[table % labels.size]
+    if table.ndim == 0:
+        op.freeze(labels, LOOKED_UP)
+        return []
+    if table.ndim == 1:
+        op.remap(path, labels)
+        return [found]
+    own = op.table.split(found.ravel(), found.shape, op.reason("is looked up in rows and columns"))
+    op.remap(path, labels, own)
+    return own
 
 
-@rule(aten.index)
+@rule(aten.index, aten._unsafe_index)
 def index(op: Op) -> Labels:
-    """`x[i, j, ...]` with index tensors: the looked-up dimensions freeze, labels of the index tensors pass on."""
+    """`x[i, j, ...]` with index tensors: one constant table renumbers, other looked-up dimensions freeze; index labels pass on."""
     x: Value = op["self"]
-    indices: list[Value | None] = op["indices"]
-    labels = op.dims(x)
+    labels = looked_up(op, op.dims(x), op["indices"], "indices")
+    op.zero = x.zero and all(dim is None for i in op["indices"] if i is not None for dim in i.labels)
+    return labels
+
+
+def looked_up(op: Op, labels: Labels, indices: list[Value | None], argument: str) -> Labels:
+    """Returns the labels of `x[indices]`, where `labels` are those of x: also the labels of what can be written there."""
     used = [d for d, i in enumerate(indices) if i is not None]
-    first = indices[used[0]]
-    if len(used) == 1 and first is not None and len(first.shape) == 1 and len(op.shape) == len(x.shape):
-        out = list(labels)
-        out[used[0]] = pick(op, labels[used[0]], first, ("indices", used[0]))
-        return out
-    for d in used:
-        mask = indices[d]
-        width = len(mask.shape) if mask is not None and mask.tensor is not None and mask.tensor.dtype == torch.bool else 1
-        for k in range(width):
-            op.freeze(labels[d + k], LOOKED_UP)
-    return _advanced(op, labels, [i for i in indices if i is not None], used)
-
-
-def _advanced(op: Op, labels: Labels, indices: list[Value], used: list[int]) -> Labels:
-    """Places the broadcast index dimensions: where the first index was, or in front when indices are apart."""
-    if any(i.tensor is not None and i.tensor.dtype == torch.bool for i in indices):
-        for labels_ in labels:
-            op.freeze(labels_, "is selected by a boolean mask")
-        return [None] * len(op.shape)
-    shape = torch.broadcast_shapes(*(i.shape for i in indices))
-    middle = broadcast(op, indices, tuple(shape))
-    rest = [v for d, v in enumerate(labels) if d not in used]
-    together = used == list(range(used[0], used[-1] + 1))
-    at = used[0] if together else 0
+    given = [i for i in indices if i is not None]
+    if len(used) == 1 and (len(given[0].shape) == 1 or not given[0].boolean):
+        at = used[0]
+        return [*labels[:at], *pick(op, labels[at], given[0], (argument, at)), *labels[at + 1 :]]
+    masks = [len(i.shape) if i.boolean else 1 for i in given]
+    starts = _starts(indices)
+    gone = {d + k for d, width in zip(starts, masks, strict=True) for k in range(width)}
+    for d in sorted(gone):
+        op.freeze(labels[d], LOOKED_UP)
+    rest = [v for d, v in enumerate(labels) if d not in gone]
+    if any(i.boolean for i in given):
+        for i in given:
+            op.freeze_value(i, "selects positions")
+        middle: Labels = [None] if len(given) == 1 else [None] * max(len(i.shape) if not i.boolean else 1 for i in given)
+    else:
+        middle = broadcast(op, given, tuple(torch.broadcast_shapes(*(i.shape for i in given))))
+    at = min(gone) if gone == set(range(min(gone), max(gone) + 1)) else 0
     return [*rest[:at], *middle, *rest[at:]]
+
+
+def _starts(indices: list[Value | None]) -> list[int]:
+    """Returns the first dimension that each index tensor looks along (a mask takes as many dimensions as it has)."""
+    out, at = [], 0
+    for i in indices:
+        if i is not None:
+            out.append(at)
+        at += len(i.shape) if i is not None and i.boolean else 1
+    return out
 
 
 @rule(aten.embedding)
 def embedding(op: Op) -> Labels:
     """`embedding(weight, indices)`: rows are looked up, columns are the channels."""
     weight, indices = op["weight"], op["indices"]
-    op.freeze_value(weight, "is a vocabulary: its rows are looked up", keep=(1,))
+    op.freeze_value(weight, "is a vocabulary: its rows are looked up", "Drop unused tokens and their rows before pruning", keep=(1,))
     op.produce(weight, 1)
     labels = [*op.dims(indices), op.dim(weight, 1)]
     op.zero = alone(labels, -1)
@@ -173,15 +244,24 @@ def embedding(op: Op) -> Labels:
 
 @rule(aten.gather, aten.take_along_dim)
 def gather(op: Op) -> Labels:
-    """`gather(x, dim, index)`: looked up along `dim`; other dimensions couple where the sizes agree."""
+    """`gather(x, dim, index)`: a constant table along `dim` alone renumbers, any other one freezes; other dimensions couple."""
     x: Value = op["self"]
-    index_: Value = op["index"] if op["index"] is not None else op["indices"]
-    dim = op["dim"] % len(x.shape)
+    argument = "index" if op["index"] is not None else "indices"
+    index_: Value = op[argument]
+    if op["dim"] is None or len(index_.shape) != len(x.shape):
+        return op.decline("looks up in the flattened tensor")
+    dim = op["dim"] % max(len(x.shape), 1)
     out: Labels = []
+    table = column(op, index_, dim) if index_.shape else None
     for d in range(len(x.shape)):
         a, b = op.dim(x, d), op.dim(index_, d)
         if d == dim:
-            op.freeze(a, LOOKED_UP)
+            out.append(_gathered(op, x, dim, table) if table is not None and a is not None else b)
+            if table is None:
+                op.freeze(a, AT_RUN_TIME if index_.tensor is None else LOOKED_UP)
+        elif index_.shape[d] == 1 and argument == "indices":
+            out.append(a)
+        elif x.shape[d] == 1 and argument == "indices":
             out.append(b)
         elif x.shape[d] == index_.shape[d]:
             out.append(op.equal(a, b))
@@ -191,29 +271,48 @@ def gather(op: Op) -> Labels:
     return out
 
 
-@rule(aten.index_put, aten.scatter, aten.scatter_add, aten.index_add, aten.index_copy, aten.index_fill)
-def put(op: Op) -> Labels:
-    """Writing at positions: everything that is addressed or written freezes."""
-    for value in op.values():
-        op.freeze_value(value, "is written by position")
-    return [None] * len(op.shape)
+def column(op: Op, index: Value, dim: int) -> Ids | None:
+    """Returns the positions in a constant index tensor that varies along one dimension alone, or None."""
+    table = literal(op, index)
+    if table is None or table.ndim != len(index.shape) or not table.size:
+        return None
+    first = np.moveaxis(table, dim, 0).reshape(table.shape[dim], -1)
+    return first[:, 0] if (first == first[:, :1]).all() else None
+
+
+def _gathered(op: Op, x: Value, dim: int, table: Ids) -> Dim:
+    whole: Ids = x.labels[dim]
+    positions = table % whole.size
+    list_positions(op, x, dim, positions, whole)
+    return whole[positions]
 
 
 @rule(aten.roll)
 def roll(op: Op) -> Labels:
-    """`roll(x, shifts, dims)`: the shift becomes the number of survivors that wrap around."""
+    """`roll(x, shifts, dims)`: the shift becomes the number of survivors that wrap around; without dims, of the flattened tensor."""
     x: Value = op["self"]
     labels = op.dims(x)
-    dims = op.get("dims", [])
+    shifts, dims = op["shifts"], op.get("dims", [])
+    shifts = [shifts] if isinstance(shifts, int) else shifts
     if not dims:
-        return op.decline("rolls the flattened tensor")
-    for i, (shift, d) in enumerate(zip(op["shifts"], dims, strict=True)):
+        return _roll_flat(op, x, labels, shifts[0])
+    for i, (shift, d) in enumerate(zip(shifts, dims, strict=True)):
         whole = labels[d]
         if whole is not None:
             forward = shift % whole.size
             op.extent(("shifts", i), whole[whole.size - forward :])
             labels[d] = np.roll(whole, forward)
     return labels
+
+
+def _roll_flat(op: Op, x: Value, labels: Labels, shift: int) -> Labels:
+    """Everything moves on by `shift` in row-major order, from one row into the next."""
+    flat = op.table.merge(labels, x.shape)
+    if flat is None:
+        return labels
+    forward = shift % flat.size
+    op.extent(("shifts", 0), flat[flat.size - forward :])
+    return op.table.split(np.roll(flat, forward), x.shape, op.reason("is rolled from one row into the next"))
 
 
 @rule(aten.flip)
@@ -223,4 +322,19 @@ def flip(op: Op) -> Labels:
     for d in op["dims"]:
         whole = labels[d]
         labels[d] = None if whole is None else whole[::-1]
+    return labels
+
+
+@rule(aten.rot90)
+def rot90(op: Op) -> Labels:
+    """`rot90(x, k, dims)`: turns by a quarter, which flips and exchanges two dimensions."""
+    labels = op.dims(op["self"])
+    turns = op.get("k", 1) % 4
+    a, b = op.get("dims", [0, 1])
+    first, second = labels[a], labels[b]
+    if turns in (1, 2):
+        second = None if second is None else second[::-1]
+    if turns in (2, 3):
+        first = None if first is None else first[::-1]
+    labels[a], labels[b] = (first, second) if turns % 2 == 0 else (second, first)
     return labels

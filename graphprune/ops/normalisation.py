@@ -15,14 +15,21 @@ from graphprune.ops.registry import Labels, Op, Value, aten, rule
 @rule(aten.batch_norm, aten.instance_norm, aten.native_batch_norm, aten._native_batch_norm_legit,
       aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm)  # fmt: skip
 def per_channel(op: Op) -> Labels | list[Labels]:
-    """Statistics per channel: weight, bias and running statistics follow dimension 1."""
-    x: Value = op["input"]
+    """Statistics per channel: weight, bias and running statistics follow dimension 1.
+
+    Statistics of what is given here are taken across all other dimensions (of an instance: across space), which have labels where a
+    weight is standardised so.
+    """
+    x, weight, bias = op["input"], op["weight"], op["bias"]
     labels = op.dims(x)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = op[name]
+    for value in (weight, bias, op["running_mean"], op["running_var"]):
         if value is not None:
             labels[1] = op.bind(value, 0, labels[1])
-    op.zero = (op["weight"] is not None or x.zero) and alone(labels, 1)
+    own = [d for d in range(2 if "instance" in op.name else 0, len(labels)) if d != 1] if op["training"] or op["use_input_stats"] else []
+    for d in own:
+        op.statistic(labels[d])
+    scaled = weight is not None and weight.zero
+    op.zero = (scaled or x.zero) and (bias is None or bias.zero) and alone(labels, 1, *own)
     return labels if len(op.outputs) == 1 else [labels, *[[labels[1]] if s == (x.shape[1],) else [None] * len(s) for s in op.outputs[1:]]]
 
 

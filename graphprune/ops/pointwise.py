@@ -93,19 +93,37 @@ def alone(labels: Labels, *dims: int) -> bool:
     return all(dim is None for d, dim in enumerate(labels) if d not in listed)
 
 
-_ZERO: dict[Any, bool] = {}
+_ZERO: dict[Any, tuple[bool, bool]] = {}
 
 
 def keeps_zero(op: Op, labels: Labels) -> bool:
-    """Returns whether the output is zero where those arguments are that are zero on removed channels (found by trying it)."""
-    zero = {k: v.zero and covers(v, labels) for k, v in op.arguments.items() if isinstance(v, Value)}
-    key = (op.target, tuple((k, zero.get(k, repr(v))) for k, v in op.arguments.items()))
+    """Returns whether the output is zero on removed channels, given which arguments are (found by trying it).
+
+    Where it is not even a number (zero divided by zero), the masked reference leaves the removed channels out, and has zeros there.
+    """
+    values = {k: v for k, v in op.arguments.items() if isinstance(v, Value)}
+    lost = [d - len(labels) for d, dim in enumerate(labels) if dim is not None]
+    if not lost:
+        return _at_zero(op, {k: v.zero for k, v in values.items()})[0]
+    out = True
+    for back in lost:
+        is_zero, defined = _at_zero(op, {k: v.zero and len(v.shape) >= -back and v.shape[back] != 1 for k, v in values.items()})
+        if not defined:
+            op.only_kept(labels[back])
+        out = out and (is_zero or not defined)
+    return out
+
+
+def _at_zero(op: Op, zero: dict[str, bool]) -> tuple[bool, bool]:
+    """Returns whether an operator gives zero, and whether it gives a finite number, where the arguments named are zero."""
+    key = (op.target, tuple((k, zero[k] if k in zero else repr(v)) for k, v in op.arguments.items()))
     if key not in _ZERO:
-        _ZERO[key] = any(zero.values()) and _try_zero(op, zero)
+        _ZERO[key] = _try_zero(op, zero) if any(zero.values()) else (False, True)
     return _ZERO[key]
 
 
-def _try_zero(op: Op, zero: dict[str, bool]) -> bool:
+def _try_zero(op: Op, zero: dict[str, bool]) -> tuple[bool, bool]:
+    """Returns whether the output is zero, and whether it is a finite number."""
     arguments: dict[str, Any] = {
         k: (torch.zeros(1) if zero[k] else torch.full((1,), 0.7)) if k in zero else v for k, v in op.arguments.items()
     }
@@ -116,6 +134,6 @@ def _try_zero(op: Op, zero: dict[str, bool]) -> bool:
             names = [a.name for a in op.target._schema.arguments if not a.kwarg_only]
             positional = [arguments.pop(n) for n in names if n in arguments]
             result = op.target(*positional, **arguments)
-        return bool((result == 0).all())
+        return bool((result == 0).all()), bool(torch.isfinite(result).all())
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
+        return False, True

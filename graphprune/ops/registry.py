@@ -90,6 +90,8 @@ class Value:
         tensor: the tensor itself for parameters and constants.
         parameter: whether it is a parameter, or a buffer that shrinks with one.
         zero: whether a removed channel is zero here in the masked network.
+        boolean: whether its elements are truth values.
+        piece: what it was taken out of, where it is one position of a dimension.
     """
 
     shape: tuple[int, ...]
@@ -99,6 +101,27 @@ class Value:
     tensor: torch.Tensor | None = None
     parameter: bool = False
     zero: bool = False
+    boolean: bool = False
+    piece: Piece | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One position of a dimension, taken out by its number. It stays, unless all that becomes of it is that it is put back into its place.
+
+    Attributes:
+        source: the tensor that it is a position of.
+        dim: the dimension.
+        position: the position.
+        needs: labels of that dimension that must stay for the number to remain right.
+        reason: number of the reason why they do.
+    """
+
+    source: Value
+    dim: int
+    position: int
+    needs: Ids
+    reason: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +148,8 @@ class Notes:
     Attributes:
         extents: argument path -> labels whose surviving number that integer argument states.
         remaps: argument path of an index tensor -> labels of the dimension that it indexes.
+        tables: argument path of such a tensor -> its own labels, per dimension, where it has not just one dimension.
+        crops: argument path -> labels whose surviving number that integer argument states with a minus sign.
         constants: argument name -> value to pass explicitly once any of the labels given with it has lost an index.
         statistics: labels across which the operator takes a statistic.
         kept_only: labels that the operator cannot be given as zeros (it would divide by their norm); removal is exact all the same.
@@ -135,6 +160,8 @@ class Notes:
 
     extents: dict[Path, Ids] = field(default_factory=dict)
     remaps: dict[Path, Ids] = field(default_factory=dict)
+    tables: dict[Path, Labels] = field(default_factory=dict)
+    crops: dict[Path, Ids] = field(default_factory=dict)
     constants: dict[str, tuple[Any, Ids]] = field(default_factory=dict)
     statistics: list[Ids] = field(default_factory=list)
     kept_only: list[Ids] = field(default_factory=list)
@@ -154,6 +181,13 @@ class Op:
         outputs: shape per output tensor.
         table: the label algebra.
         notes: what the rule says beside labels.
+        open: dimensions of the output along which it may be stated how often one value is repeated.
+        pieces: what each output is a piece of, where they are single positions of a dimension.
+        later: ids of tensor arguments whose memory is written by operators that run after this one.
+        unbound: (parameter name, dim) -> why a dimension stays that had met nothing when it was frozen.
+        offered: whether the rule had such dimensions to offer.
+        refused: whether labels were frozen for meeting a dimension without any.
+        idle: numbers of the outputs that nothing reads.
     """
 
     name: str
@@ -168,6 +202,13 @@ class Op:
     zero: bool | None = None
     constant: bool = False
     declined: str = ""
+    open: frozenset[int] = frozenset()
+    later: frozenset[int] = frozenset()
+    unbound: dict[tuple[str, int], Why] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    offered: bool = False
+    refused: bool = False
+    idle: frozenset[int] = frozenset()
 
     def __getitem__(self, argument: str) -> Any:
         """Returns an argument by its schema name, None when it was left to its default."""
@@ -206,6 +247,18 @@ class Op:
         """Returns the labels of all dimensions."""
         return [self.dim(value, d) for d in range(len(value.shape))]
 
+    def uniform(self, dim: int) -> Dim:
+        """Returns the labels of an output dimension along which one value is repeated: it can be as long as whatever it meets.
+
+        There are none unless that keeps something else from being frozen.
+        """
+        self.offered = self.offered or self.shape[dim] > 1
+        return self.table.fresh(self.shape[dim]) if dim in self.open and self.shape[dim] > 1 else None
+
+    def written(self, value: Value) -> bool:
+        """Returns whether the memory of a tensor argument is written by an operator that runs later."""
+        return id(value) in self.later
+
     # -- coupling ----------------------------------------------------------------------------------------------------------------
 
     def reason(self, text: str, remedy: str = "") -> int:
@@ -220,7 +273,9 @@ class Op:
         if a is None and b is None:
             return None
         if a is None or b is None:
+            before = self.frozen_causes
             self.freeze(b if a is None else a, text)
+            self.refused = self.refused or self.frozen_causes > before
             return None
         if a is not b:
             self.frozen_causes += self.table.unify(a, b, self.reason(text))
@@ -245,7 +300,14 @@ class Op:
             if d not in kept:
                 if value.labels[d] is UNBOUND:
                     value.labels[d] = None
+                    if value.shape[d] > 1:
+                        self.unbound[(value.name, d)] = Why(text, self.name, self.module, remedy)
                 self.freeze(value.labels[d], text, remedy)
+
+    def keep(self, value: Value) -> None:
+        """Says that an argument is used by itself: where it is a position taken out of a dimension, that position stays."""
+        if value.piece is not None:
+            self.frozen_causes += self.table.freeze(value.piece.needs, value.piece.reason)
 
     # -- annotating --------------------------------------------------------------------------------------------------------------
 
@@ -254,10 +316,21 @@ class Op:
         if labels is not None:
             self.notes.extents[(path,) if isinstance(path, str) else path] = labels
 
-    def remap(self, path: str | Path, labels: Dim) -> None:
-        """Says that the index tensor argument at `path` holds positions of a dimension with `labels`."""
+    def crop(self, path: str | Path, labels: Dim) -> None:
+        """Says that the integer argument at `path` counts `labels` with a minus sign, as padding does that takes away."""
         if labels is not None:
-            self.notes.remaps[(path,) if isinstance(path, str) else path] = labels
+            self.notes.crops[(path,) if isinstance(path, str) else path] = labels
+
+    def remap(self, path: str | Path, labels: Dim, own: Labels | None = None) -> None:
+        """Says that the index tensor argument at `path` holds positions of a dimension with `labels`.
+
+        `own` are the labels of the index tensor's own dimensions; by default it has one, with the labels of the positions in it.
+        """
+        if labels is not None:
+            where = (path,) if isinstance(path, str) else path
+            self.notes.remaps[where] = labels
+            if own is not None:
+                self.notes.tables[where] = own
 
     def explicit(self, argument: str, value: object, labels: Dim) -> None:
         """Says that `argument` must be passed as `value` once `labels` has lost an index (an implicit default depends on it)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphprune.labels import Dim
+from graphprune.ops.indexing import list_positions, literal
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 
@@ -138,6 +139,7 @@ def expand(op: Op) -> Labels:
     out: Labels = [None] * added
     for d, size in enumerate(x.shape):
         out.append(op.dim(x, d) if size == op.shape[d + added] else None)
+    widened = [d for d, size in enumerate(op.shape) if d < added or x.shape[d - added] != size]
     other = op["other"]
     if other is not None:
         op.zero = x.zero and x.shape == op.shape
@@ -145,6 +147,9 @@ def expand(op: Op) -> Labels:
 
         return broadcast(op, [Value(op.shape, [v if v is not None or s != 1 else None for v, s in zip(out, op.shape, strict=True)],
                                     x.name), other], op.shape) if x.shape == op.shape else _expand_as(op, x, other, out)  # fmt: skip
+    for d in widened:
+        out[d] = op.uniform(d)
+        op.zero = False if out[d] is not None else op.zero
     if op["size"] is not None:
         op.sizes("size", op["size"], out)
     return out
@@ -172,15 +177,25 @@ def repeat(op: Op) -> Labels:
 
 @rule(aten.repeat_interleave)
 def repeat_interleave(op: Op) -> Labels:
-    """`repeat_interleave(x, n, dim)` with a literal n: neighbours share a label."""
-    x: Value = op["self"]
+    """`repeat_interleave(x, n, dim)` with a literal number or a constant table of them: neighbours share a label."""
+    x: Value | None = op["self"]
     times, dim = op["repeats"], op["dim"]
-    if not isinstance(times, int) or dim is None or x is None:
-        return op.decline("repeats a number of times that is not a literal, or without a dimension")
+    if x is None:
+        return op.decline("lists positions, as often as it is told at run time")
     labels = op.dims(x)
-    dim %= len(x.shape)
-    if labels[dim] is not None:
-        labels[dim] = np.repeat(labels[dim], times)
+    if dim is None:
+        labels, dim = [op.table.merge(labels, x.shape)], 0
+    dim %= max(len(labels), 1)
+    if labels[dim] is None or isinstance(times, int):
+        labels[dim] = None if labels[dim] is None else np.repeat(labels[dim], times)
+        return labels
+    table = literal(op, times)
+    if table is None or len(x.shape) != len(labels) or (op["dim"] is None and len(x.shape) != 1):
+        return op.decline("repeats a number of times that is not known beforehand")
+    positions = np.repeat(np.arange(labels[dim].size), table)
+    whole = labels[dim]
+    list_positions(op, x, dim, positions, whole)
+    labels[dim] = whole[positions]
     return labels
 
 
@@ -244,3 +259,52 @@ def im2col(op: Op) -> Labels:
     kernel = int(np.prod(op["kernel_size"]))
     wide = labels[channel]
     return [*labels[:channel], None if wide is None else np.repeat(wide, kernel), None]
+
+
+@rule(aten.col2im)
+def col2im(op: Op) -> Labels:
+    """`F.fold`: (N, C * kernel, positions) becomes (N, C, H, W): all the taps of a channel go with it."""
+    x: Value = op["self"]
+    labels = op.dims(x)
+    kernel = int(np.prod(op["kernel_size"]))
+    channel = len(x.shape) - 2
+    op.freeze(labels[channel + 1], "is put together from sliding windows")
+    cut = op.table.split(labels[channel], (x.shape[channel] // kernel, kernel), op.reason("is put together from sliding windows"))
+    op.freeze(cut[1], "is a tap of sliding windows")
+    return [*labels[:channel], cut[0], None, None]
+
+
+@rule(aten.tril, aten.triu)
+def triangle(op: Op) -> Labels:
+    """`tril(x)`, `triu(x)`: rows and columns with one number go together, for the diagonal to stay where it is."""
+    labels = op.dims(op["self"])
+    _same_numbers(op, labels, -2, -1, op.get("diagonal", 0))
+    return labels
+
+
+@rule(aten.diagonal)
+def diagonal(op: Op) -> Labels:
+    """`diagonal(x, offset, dim1, dim2)`: rows and columns with one number go together; the diagonal comes last."""
+    labels = op.dims(op["self"])
+    a, b = op.get("dim1", 0) % len(labels), op.get("dim2", 1) % len(labels)
+    along = _same_numbers(op, labels, a, b, op.get("offset", 0))
+    return [*(v for d, v in enumerate(labels) if d not in {a, b}), along]
+
+
+def _same_numbers(op: Op, labels: Labels, a: int, b: int, offset: int) -> Dim:
+    """Makes the rows and columns of a square matrix live and die together; those of any other one, or off the diagonal, stay."""
+    x: Value = op["self"]
+    if offset == 0 and x.shape[a] == x.shape[b]:
+        labels[a] = labels[b] = op.equal(labels[a], labels[b], "has a diagonal with a dimension that cannot shrink")
+        return labels[a]  # type: ignore[no-any-return]
+    for d in (a, b):
+        op.freeze(labels[d], "is counted along a diagonal beside the main one")
+        labels[d] = None
+    return None
+
+
+@rule(aten.as_strided)
+def as_strided(op: Op) -> Labels:
+    """`as_strided(x, size, stride)` addresses memory by itself: nothing that it looks into can shrink."""
+    op.freeze_value(op["self"], "is addressed by literal strides")
+    return [None] * len(op.shape)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import networkx as nx
 import numpy as np
 
+from graphprune.arithmetic.widths import stated_widths
 from graphprune.budgets import Plan, Rounding, global_counts, keep_highest, kept_count
 from graphprune.config import ResolvedConfig, resolve
 from graphprune.criteria import Criterion, group_scores
@@ -44,6 +45,8 @@ class Pruner:
             those that reach the output projection (heads go where a program holds all three in one tensor, which has one width).
             Where keys and values serve several query heads, a block is a key head with all its query heads: their ratio stays.
         graph: the model's graph, if there is one already.
+        keep_class: keep more channels where the model's own arithmetic on sizes (`C // num_heads`, equal chunks) could not state what
+            was asked for, so that the shrunk model can be of the model's own class.
 
     Raises:
         ConfigError: the config list or an option is not usable.
@@ -61,6 +64,7 @@ class Pruner:
         round_to: int = 1,
         cut: Cut = "blocks",
         graph: DependencyGraph | None = None,
+        keep_class: bool = False,
     ) -> None:
         if example_inputs is None and graph is None:
             raise InputError(
@@ -78,6 +82,7 @@ class Pruner:
         self.graph = graph if graph is not None else trace(model, example_inputs)
         others = {n: t for n, t in self.graph.modules.items() if n not in self.graph.layers}
         self.config = resolve(config_list, self.graph.layers, others)
+        self.keep_class = keep_class
         self.plan = Plan()
 
     def compress(self) -> tuple[nn.Module, Masks]:
@@ -97,6 +102,11 @@ class Pruner:
                 ranked = {g.name: scores[g.name] for g in members}
                 most = {g.name: min(self.config.layers[layer].max_sparsity for layer in g.layers) for g in members}
                 counts |= global_counts(ranked, total, most, self.rounding, self.round_to)
+        if self.keep_class:
+            stated = stated_widths(self.model, self.graph, counts, self.round_to)
+            raised = {n: k for n, k in stated.items() if k > counts[n]}
+            notes |= {n: f"{k} kept instead of {counts[n]}, a width that the model's code can state" for n, k in raised.items()}
+            counts = stated
         kept = {g.name: keep_highest(scores[g.name], counts[g.name]) for g in self.graph.groups if counts[g.name] < g.channels}
         self.plan = Plan(requested, notes, {"score": time.perf_counter() - start})
         return Masks(self.graph, kept)
@@ -159,6 +169,7 @@ def _skipped(graph: DependencyGraph, cut: Cut) -> dict[str, str]:
     for family in _overlapping(graph):
         blocks = [g for g in family if g.role == "block"]
         within = [g for g in family if g.role == "within"]
+        blocks = blocks if any(g.channels > 1 for g in blocks) else []  # one block is all there is: none can go
         if blocks and within:
             chosen, words = _chosen(blocks, within, cut, graph)
             names = {g.name for g in chosen}

@@ -31,5 +31,7 @@ class L1NormPruner(Pruner):
         round_to: int = 1,
         cut: Cut = "blocks",
         graph: DependencyGraph | None = None,
+        keep_class: bool = False,
     ) -> None:
-        super().__init__(model, config_list, L1(), example_inputs, rounding=rounding, round_to=round_to, cut=cut, graph=graph)
+        options: dict[str, Any] = {"rounding": rounding, "round_to": round_to, "cut": cut, "graph": graph, "keep_class": keep_class}
+        super().__init__(model, config_list, L1(), example_inputs, **options)

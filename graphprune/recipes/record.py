@@ -18,6 +18,7 @@ import torch
 
 from graphprune.errors import MaskError
 from graphprune.recipes.arguments import described
+from graphprune.recipes.attributes import changed_numbers, numbers_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +32,6 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Attributes: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 ATTRIBUTE = "_graphprune_recipe"
-_NUMBERS = (bool, int, float)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ class Step:
         fingerprint: of the graph of the model that went in.
         kept: parameter or buffer name -> dim -> kept positions (sorted), in the model that went in; only dims that lose any.
         aliases: other names of tied tensors -> the name used in `kept`.
-        attributes: module name -> attribute -> new value, where a number or a flat sequence of numbers changed ("module" only).
+        attributes: module name -> way to a number (or sequence of numbers) -> new value, see `graphprune.recipes.attributes`
+            ("module" only).
         masks: group name -> which channels are kept; empty where two merged steps found different groups.
         inputs: specification of the example inputs, see `graphprune.recipes.arguments`.
     """
@@ -141,19 +142,17 @@ class Before:
         recipe = _found(model)
         if recipe is not None and recipe.small != state_shapes(model):
             recipe = None
-        return cls(type(model).__name__, all_shapes(model), _plain_attributes(model), recipe)
+        return cls(type(model).__name__, all_shapes(model), numbers_of(model), recipe)
 
 
 def remember(small: nn.Module, before: Before, kind: Kind, masks: Masks) -> None:
     """Puts the recipe of a finished pruning onto its result."""
-    now = _plain_attributes(small) if kind == "module" else {}
-    changed = {path: _differences(before.attributes.get(path, {}), values) for path, values in now.items()}
     step = Step(
         kind=kind,
         fingerprint=masks.graph.fingerprint,
         kept=masks.positions(),
         aliases=dict(masks.graph.aliases),
-        attributes={path: values for path, values in changed.items() if values},
+        attributes=changed_numbers(before.attributes, small) if kind == "module" else {},
         masks={name: masks[name].copy() for name in masks},
         inputs=described(masks.graph.engine.program.inputs),
     )
@@ -230,26 +229,6 @@ def _found(module: nn.Module) -> Recipe | None:
     meta = vars(module).get("meta")
     recipe = vars(module).get(ATTRIBUTE) or (meta.get(ATTRIBUTE) if isinstance(meta, dict) else None)
     return recipe if isinstance(recipe, Recipe) else None
-
-
-def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Returns module name -> attribute -> value, for numbers and flat sequences of numbers (copies, with the sequence's type)."""
-    return {path: {name: _copied(value) for name, value in vars(m).items() if _is_plain(value)} for path, m in model.named_modules()}
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return type(value) in {tuple, list, torch.Size} and all(isinstance(item, _NUMBERS) for item in value)
-    return isinstance(value, _NUMBERS)
-
-
-def _copied(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the attributes that exist in both and have another value now."""
-    return {name: value for name, value in after.items() if name in before and before[name] != value}
 
 
 def _version() -> str:

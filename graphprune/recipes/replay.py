@@ -13,6 +13,7 @@ from graphprune.errors import FileError, MaskError, nearest
 from graphprune.groups import trace
 from graphprune.masks import Masks
 from graphprune.recipes.arguments import rebuilt
+from graphprune.recipes.attributes import put_number
 from graphprune.recipes.files import identity, read
 from graphprune.recipes.record import Recipe, Step, all_shapes, attach, state_shapes
 from graphprune.surgery.slicing import shrunk_copy, sliced
@@ -103,10 +104,8 @@ def _sliced_again(model: nn.Module, step: Step, path: str | os.PathLike[str]) ->
     modules = dict(small.named_modules())
     for where, values in step.attributes.items():
         for name, value in values.items():
-            if where not in modules or name not in vars(modules[where]):
+            if where not in modules or not put_number(modules[where], name, value):
                 raise MaskError(f"module {where!r} of this {type(model).__name__} has no attribute {name!r}", _FRESH)
-            current = vars(modules[where])[name]
-            setattr(modules[where], name, type(current)(value) if isinstance(current, (tuple, list)) else value)
     return small
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from graphprune.ops.registry import Value
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -39,6 +41,13 @@ def _multihead(module: Any) -> dict[str, int]:
     return {"embed_dim": embed, "kdim": module.k_proj_weight.shape[1], "vdim": module.v_proj_weight.shape[1]}
 
 
+def _recurrent(module: Any) -> dict[str, int]:
+    columns = module.weight_ih_l0.shape[1]
+    if module.proj_size:
+        return {"input_size": columns, "proj_size": module.weight_hr_l0.shape[0], "hidden_size": module.weight_hr_l0.shape[1]}
+    return {"input_size": columns, "hidden_size": module.weight_hh_l0.shape[1]}
+
+
 def _per_channel(name: str, source: str = "weight", dim: int = 0) -> Callable[[Any], dict[str, int]]:
     """Returns a reader of one attribute that restates one size of one tensor."""
 
@@ -62,6 +71,8 @@ SHAPES: list[tuple[type[nn.Module], Callable[[Any], dict[str, int]]]] = [
     (nn.EmbeddingBag, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
     (nn.PReLU, _per_channel("num_parameters")),
     (nn.MultiheadAttention, _multihead),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, lambda m: {"input_size": m.weight_ih.shape[1], "hidden_size": m.weight_hh.shape[1]}),
 ]
 
 ARGUMENTS = ("groups", "num_groups", "normalized_shape")
@@ -81,6 +92,17 @@ def set_attributes(model: nn.Module, removal: Removal) -> None:
     for module in modules.values():
         if isinstance(module, nn.MultiheadAttention):
             _set_shapes(module)
+    _set_without_tensors(modules, removal)
+
+
+def _set_without_tensors(modules: Mapping[str, nn.Module], removal: Removal) -> None:
+    """Tells norms that have no tensors of their own how many channels enter them now."""
+    for node, values in removal.analysis.values.items():
+        module: Any = modules.get(node.meta.get("module", ""))
+        name = "num_features" if isinstance(module, _NormBase) else "num_channels" if isinstance(module, nn.GroupNorm) else ""
+        value = values[0] if isinstance(values, list) and values else values
+        if name and isinstance(value, Value) and len(value.shape) > 1 and value.shape[1] == getattr(module, name):
+            setattr(module, name, removal.kept(value, 1).size)
 
 
 def _set_shapes(module: nn.Module) -> None:
@@ -118,7 +140,7 @@ def explained(removal: Removal, path: Mapping[str, nn.Module]) -> bool:
         for where, labels in notes.extents.items():
             if removal.loses(labels) and not (own and where[0] in ARGUMENTS):
                 return False
-        if any(removal.loses(labels) for labels in notes.remaps.values()):
+        if any(removal.loses(labels) for labels in (*notes.remaps.values(), *notes.crops.values())):
             return False
         if any(removal.loses(labels) for _, labels in notes.constants.values()):
             return False

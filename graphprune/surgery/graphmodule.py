@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from graphprune.errors import GraphPruneError
+from graphprune.decisions import decisions_of
+from graphprune.errors import GraphPruneError, InputError, VerificationError
 from graphprune.groups import analyse, gather
 from graphprune.surgery.rewriting import Call, Removal, rewrite
 from graphprune.tracing import record
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from graphprune.masks import Masks
+    from graphprune.tracing import Program
 
+_REMEDY = "Use result='module', which keeps the model's own code, or exclude the layers named above"
 _FLAGS = {"aten::batch_norm": "training", "aten::dropout": "train", "aten::instance_norm": "use_input_stats",
           "aten::alpha_dropout": "train", "aten::feature_dropout": "train"}  # fmt: skip
 
@@ -35,16 +39,60 @@ def rewritten(model: nn.Module, removal: Removal, masks: Masks, sliced: Mapping[
         removal: the analysed program and what goes.
         masks: the masks behind it.
         sliced: name -> shrunk tensor, for every parameter and buffer that the program reads.
+
+    Raises:
+        VerificationError: the program does what depends on the values of its inputs.
     """
     program = removal.analysis.program
+    refusal = why_none(program)
+    if refusal:
+        raise VerificationError(f"no GraphModule can do what {type(model).__name__} does: {refusal}", _REMEDY)
     other, remark = _at_another_batch(model, removal, masks)
     root = _root(program, sliced)
     graph = fx.Graph()
-    _Writer(graph, removal, other, root).write()
+    writer = _Writer(graph, removal, other, root)
+    writer.write()
+    if not writer.follows_batch:
+        remark = f"it runs only at batch {program.inputs.batch}: a table of positions depends on the batch size"
     module = fx.GraphModule(root, graph, class_name=f"Shrunk{type(model).__name__}")
     _keep_state_names(module, model, sliced, program)
     module.train(model.training)
     return module, remark
+
+
+def why_none(program: Program) -> str:
+    """Returns why a program cannot be repeated on other inputs, or "".
+
+    Truth values and integers that Python reads are read again by the result, which stops where they are others than in the recording.
+    """
+    for node in decisions_of(program, ("number", "size")):
+        target: Any = node.target
+        name = target._schema.name.removeprefix("aten::")  # noqa: SLF001 (the schema is documented)
+        where = f"({name} in {node.meta['module'] or 'the model itself'})"
+        if node.meta["decides"] == "size":
+            return f"values decide a size, and a graph has the sizes of the example inputs {where}"
+        if not isinstance(node.meta.get("value"), (bool, int, torch.Tensor)):
+            return f"Python reads a number from a tensor, and a graph would repeat the one of the example inputs {where}"
+    return ""
+
+
+def same_as_recorded(value: object, recorded: object, place: str) -> None:
+    """Stops a forward pass whose Python code would decide otherwise than in the recording.
+
+    Args:
+        value: what was read now: a number, or a tensor of integers or truth values.
+        recorded: what was read from the example inputs.
+        place: operator and module path.
+
+    Raises:
+        InputError: they differ.
+    """
+    if torch.compiler.is_compiling():
+        return
+    same = torch.equal(value, recorded) if isinstance(value, torch.Tensor) and isinstance(recorded, torch.Tensor) else value == recorded
+    if not same:
+        what = f"this GraphModule was recorded with {recorded} where Python read a number at {place}, and now it reads {value}"
+        raise InputError(what, "Pass inputs of the recorded kind, or prune with result='module', which keeps the model's own code")
 
 
 def _keep_state_names(module: fx.GraphModule, model: nn.Module, sliced: Mapping[str, torch.Tensor], program: Any) -> None:
@@ -91,12 +139,25 @@ def _at_another_batch(model: nn.Module, removal: Removal, masks: Masks) -> tuple
     same = [n.target for n in program.graph.nodes if n.op == "call_function"]
     if same != [n.target for n in removal.analysis.program.graph.nodes if n.op == "call_function"]:
         return None, f"it runs only at batch {batch}: the model runs other operators at batch {batch + 1}"
+    if _numbers(program) != _numbers(removal.analysis.program):
+        return None, f"it runs only at batch {batch}: the model computes with other numbers at batch {batch + 1}"
     graph = gather(analysis)
     if graph.fingerprint != masks.graph.fingerprint:
         return None, f"it runs only at batch {batch}: other channels depend on each other at batch {batch + 1}"
     causes = [group.causes[~masks[group.name]] for group in graph.groups]
     gone = np.concatenate(causes) if causes else np.zeros(0, dtype=np.int64)
     return Removal(analysis, analysis.removed(gone)), ""
+
+
+def _numbers(program: Program) -> list[object]:
+    """Returns the numbers but integers among a program's literals, and what Python reads."""
+    out: list[object] = []
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            out += [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, (bool, float, complex))]
+            value = node.meta.get("value") if node.meta.get("decides") == "number" else None
+            out.append(value.tolist() if isinstance(value, torch.Tensor) else value)
+    return out
 
 
 class _Writer:
@@ -107,10 +168,11 @@ class _Writer:
         self.removal = removal
         self.other = other
         self.root = root
-        self.nodes: dict[fx.Node, fx.Node] = {}
+        self.nodes: dict[fx.Node, fx.Node | None] = {}
         self.twins: dict[fx.Node, fx.Node] = {}
         self.batch: fx.Node | None = None
         self.tables = 0
+        self.follows_batch = True
         self.training: fx.Node | None = None
         self.sums: dict[tuple[int, int], fx.Node] = {}
         if other is not None:
@@ -129,9 +191,25 @@ class _Writer:
             elif node.op == "output":
                 self.graph.output(self._map(node.args[0]))
             else:
-                self.nodes[node] = self.graph.node_copy(node, lambda n: self.nodes[n])
+                self.nodes[node] = self.graph.node_copy(node, self._made)
+        self._erase_unused()
         if self.batch is not None and not self.batch.users:
             self.graph.erase_node(self.batch)
+
+    def _made(self, node: fx.Node) -> fx.Node:
+        """Returns what a recorded node has become."""
+        made = self.nodes[node]
+        if made is None:
+            raise VerificationError(f"{node} is a number that Python read, and no graph can hold it", _REMEDY)
+        return made
+
+    def _erase_unused(self) -> None:
+        """Erases calls whose results nothing uses any more (positions that are now looked up by a table, and may be gone)."""
+        for node, made in reversed(list(self.nodes.items())):
+            writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+            picks = node.target in {operator.getitem, torch.ops.aten.select.int}
+            if made is not None and node.op == "call_function" and not made.users and (node.users or picks) and not writes:
+                self.graph.erase_node(made)
 
     def _batch_size(self, nodes: list[fx.Node]) -> None:
         """Makes the node that reads the batch size from the first input tensor that has it."""
@@ -144,12 +222,20 @@ class _Writer:
                 if node.op != "placeholder":
                     for n in [*node.all_input_nodes, node]:
                         if n not in self.nodes:
-                            self.nodes[n] = self.graph.node_copy(n, lambda m: self.nodes[m])
+                            self.nodes[n] = self.graph.node_copy(n, self._made)
                 if shape and shape[0] == batch:
-                    self.batch = self.graph.call_function(torch.ops.aten.sym_size.int, (self.nodes[node], 0))
+                    self.batch = self.graph.call_function(torch.ops.aten.sym_size.int, (self._made(node), 0))
                     return
 
-    def _call(self, node: fx.Node) -> fx.Node:
+    def _call(self, node: fx.Node) -> fx.Node | None:
+        if "value" in node.meta:
+            return self._number(node)
+        drawn = any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
+        if drawn and node.meta.get("tensor") is not None:
+            return self._map(node.meta["tensor"])  # type: ignore[no-any-return]
+        if drawn:
+            where = node.meta["module"] or "the model itself"
+            raise VerificationError(f"a GraphModule cannot hold the generator of random numbers that {where} draws from", _REMEDY)
         call, _ = rewrite(node, self.removal)
         arguments = call.arguments
         if self.other is not None and node in self.twins and self.batch is not None:
@@ -164,6 +250,16 @@ class _Writer:
         made.meta["module"] = node.meta["module"]
         return made
 
+    def _number(self, node: fx.Node) -> fx.Node | None:
+        """Writes a number that Python reads: read again, and held against the recording; nothing where it is always the same."""
+        if node.meta["decides"] != "number":
+            return None
+        target: Any = node.target
+        args, kwargs = self._map(node.args), self._map(dict(node.kwargs))
+        read = args[0] if node.meta.get("whole") else self.graph.call_function(target, args, kwargs)
+        place = f"{target._schema.name.removeprefix('aten::')} in {node.meta['module'] or 'the model itself'}"  # noqa: SLF001
+        return self.graph.call_function(same_as_recorded, (read, self._map(node.meta["value"]), place))
+
     def _training(self, recorded: object, name: str) -> Any:
         """Batch norm and dropout follow the module's own training flag (instance norm: only where it tracks statistics)."""
         if recorded is True or name == "aten::instance_norm":
@@ -173,7 +269,9 @@ class _Writer:
         return self.training
 
     def _with_batch(self, mine: Any, twin: Any) -> Any:
-        """Replaces integers that differ between the recordings by expressions of the batch size."""
+        """Replaces integers that differ between the recordings by expressions of the batch size; tables cannot follow it."""
+        if isinstance(mine, torch.Tensor) and isinstance(twin, torch.Tensor):
+            self.follows_batch = self.follows_batch and torch.equal(mine, twin)
         if isinstance(mine, (list, tuple)) and isinstance(twin, (list, tuple)) and len(mine) == len(twin):
             return [self._with_batch(a, b) for a, b in zip(mine, twin, strict=True)]
         if isinstance(mine, int) and isinstance(twin, int) and not isinstance(mine, bool) and mine != twin:

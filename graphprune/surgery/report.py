@@ -54,6 +54,7 @@ class SpeedupReport:
         groups: one entry per group.
         frozen: what could not be removed, and why.
         unknown: operators without a rule, and what they cost.
+        remarks: what somebody who relies on the verification should know.
         seconds: wall time of "trace", "groups", "score", "shrink", "verify", "count".
     """
 
@@ -69,6 +70,7 @@ class SpeedupReport:
     frozen: tuple[Frozen, ...]
     unknown: tuple[Unknown, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -92,6 +94,7 @@ class SpeedupReport:
             "frozen": [{"parameter": f.parameter, "dim": f.dim, "positions": int(f.index.size), "reason": str(f)} for f in self.frozen],
             "unknown": [vars(u) for u in self.unknown],
             "seconds": dict(self.seconds),
+            "remarks": list(self.remarks),
         }
 
     def __rich__(self) -> Renderable:
@@ -132,6 +135,7 @@ class SpeedupReport:
             lines.append(f"Verified: error {self.error:.1e} (at most {self.tolerance:.0e}), effect of the mask {self.effect:.1e}")
         else:
             lines.append("Not verified")
+        lines += self.remarks
         lines += [f"No rule for {u.operator} in {u.module or 'the model itself'}: {u.channels} channels frozen" for u in self.unknown]
         return "\n".join(lines)
 

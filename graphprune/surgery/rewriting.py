@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import fx
 
-    from graphprune.labels import Ids
+    from graphprune.labels import Dim, Ids
     from graphprune.ops.registry import Path
 
 
@@ -72,19 +72,21 @@ def rewrite(node: fx.Node, removal: Removal) -> tuple[Call, list[Path]]:
     target: Any = node.target
     arguments = named_arguments(node)
     changed = [p for p, labels in notes.extents.items() if removal.loses(labels)]
+    cropped = [p for p, labels in notes.crops.items() if removal.loses(labels)]
     renumbered = [p for p, labels in notes.remaps.items() if removal.loses(labels)]
     explicit = {k: v for k, (v, labels) in notes.constants.items() if removal.loses(labels)}
-    if notes.become is not None and (changed or renumbered):
+    if notes.become is not None and (changed or cropped or renumbered):
         target, arguments = notes.become[0], {k: _lowered(v, node, removal) for k, v in notes.become[1].items()}
     for path in changed:
         arguments = _replaced(arguments, path, removal.count(notes.extents[path]))
+    for path in cropped:
+        arguments = _replaced(arguments, path, -removal.count(notes.crops[path]))
     for path in renumbered:
         table = _at(arguments, path)
         literal = table if isinstance(table, torch.Tensor) else removal.analysis.values[table].tensor
-        output = removal.analysis.values[node]
-        arguments = _replaced(arguments, path, _renumbered(literal, notes.remaps[path], output, removal))
+        arguments = _replaced(arguments, path, _renumbered(literal, notes.remaps[path], notes.tables.get(path), removal))
     arguments.update(explicit)
-    return Call(target, arguments), [*changed, *renumbered, *((k,) for k in explicit)]
+    return Call(target, arguments), [*changed, *cropped, *renumbered, *((k,) for k in explicit)]
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
@@ -95,19 +97,31 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _lowered(value: Any, node: fx.Node, removal: Removal) -> Any:
-    """Replaces a rule's value by the node behind it, among the tensor arguments of the original call."""
+    """Replaces a rule's value by the node behind it: a tensor argument of the original call, or what these were taken out of."""
     if not isinstance(value, Value):
         return value
-    return next(n for n in node.all_input_nodes if removal.analysis.values[n] is value)
+    values = removal.analysis.values
+    return next(n for n in (*node.all_input_nodes, *removal.analysis.program.graph.nodes) if values.get(n) is value)
 
 
-def _renumbered(table: torch.Tensor, labels: Ids, output: Value, removal: Removal) -> torch.Tensor:
-    """Returns the index table with removed entries dropped and the rest pointing at where their targets are now."""
+def _renumbered(table: torch.Tensor, labels: Ids, own: list[Dim] | None, removal: Removal) -> torch.Tensor:
+    """Returns the index table without its removed entries, the rest pointing at where their targets are now.
+
+    Args:
+        table: positions, or truth values of which those that are set name positions.
+        labels: labels of the dimension that is indexed.
+        own: labels of the table's own dimensions; None for a vector, whose entries have the labels of their targets.
+        removal: what goes.
+    """
     gone = removal.analysis.table.removed(labels, removal.flags)
     position = np.cumsum(~gone) - 1
-    flat = table.cpu().numpy() % labels.size
-    del output
-    return torch.from_numpy(position[flat[~gone[flat]]]).to(table.device)
+    entries = (table.nonzero().squeeze(1) if table.dtype == torch.bool else table).cpu().numpy() % labels.size
+    if own is None:
+        entries = entries[~gone[entries]]
+    else:
+        for d, dim in enumerate(own):
+            entries = np.take(entries, removal.analysis.kept(dim, entries.shape[d], removal.flags), axis=d)
+    return torch.from_numpy(position[entries]).to(table.device)
 
 
 def _at(arguments: Any, path: Path) -> Any:

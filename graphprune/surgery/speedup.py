@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from graphprune.arithmetic.places import Undo, assign
 from graphprune.budgets import Plan
+from graphprune.caches import caches, clear
 from graphprune.cost import Cost, count
-from graphprune.errors import GraphPruneError, InputError, VerificationError
+from graphprune.errors import VerificationError
 from graphprune.groups import trace
 from graphprune.inputs import undisturbed
 from graphprune.masks import Masks, checked_tensors
 from graphprune.recipes.record import Before, remember
+from graphprune.references import Reference, reference_for
 from graphprune.surgery.attributes import explained, set_attributes
-from graphprune.surgery.discovery import apply, discover
+from graphprune.surgery.discovery import Discovery, discover
 from graphprune.surgery.graphmodule import rewritten
 from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
-from graphprune.verification import Check, difference, first_difference, masked_outputs, output_tensors, require, tolerance_for
+from graphprune.verification import Check, require, runs_as_recorded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from graphprune.graph import DependencyGraph, Group, Slice
     from graphprune.inputs import Inputs
 
@@ -105,6 +109,7 @@ class _Surgeon:
         self.originals = {name: tensor.detach() for name, tensor in self.tensors.items()}
         self.old: dict[str, Old] = {}
         self.saved: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.unset: list[Undo] = []
         self.seconds = {"shrink": 0.0, "verify": 0.0, "count": 0.0}
         self.before: Cost | None = None
 
@@ -121,33 +126,42 @@ class _Surgeon:
             if module is not None:
                 return module, "module", "", check
             if result == "module":
-                raise VerificationError(f"the model's own class cannot be kept: {why}", "Use result='auto' to get a GraphModule instead")
+                fix = "Use result='auto' (keep_class=False) to get a GraphModule instead"
+                raise VerificationError(f"the model's own class cannot be kept: {why}", fix)
         if self.inplace:
-            raise VerificationError(f"the model cannot be shrunk in place: {why}", "Use inplace=False to get a GraphModule instead")
+            fix = "Use inplace=False to get a GraphModule instead, or prune with keep_class=True"
+            raise VerificationError(f"the model cannot be shrunk in place: {why}", fix)
         start = time.perf_counter()
-        small, remark = rewritten(self.model, self.removal, self.masks, self._sliced())
+        try:
+            small, remark = rewritten(self.model, self.removal, self.masks, self._sliced())
+        except VerificationError as error:
+            if result == "graph":
+                raise
+            raise VerificationError(f"{why}. Besides, {error.what}", "Exclude the layers named above") from error
         self.seconds["shrink"] += time.perf_counter() - start
         check_graph = self._check(small, reference) if reference is not None else None
         if check_graph is not None and not check_graph.passed:
-            require(check_graph, self._where(small, check_graph))
+            require(check_graph, reference.where(small) if reference is not None else "")
         return small, "graph", "; ".join(filter(None, [why, remark])), check_graph
 
     # -- own class ---------------------------------------------------------------------------------------------------------------
 
-    def _own_class(self, reference: _Reference | None) -> tuple[nn.Module | None, str, Check | None]:
+    def _own_class(self, reference: Reference | None) -> tuple[nn.Module | None, str, Check | None]:
         """Returns the model's own class shrunk, or None and why it cannot be kept."""
         modules = self.graph.engine.program.modules
         if any(isinstance(m, torch.jit.ScriptModule) for m in modules.values()):
             return None, f"{type(self.model).__name__} holds scripted modules, whose code cannot be resized", None
         start = time.perf_counter()
         simple = explained(self.removal, modules)
-        found = {} if simple else discover(self.model, self.removal)
+        found = Discovery({}) if simple else discover(self.model, self.removal)
+        held = caches(self.model, self.inputs)
         small = self._sliced_module()
         set_attributes(small, self.removal)
-        apply(small, found)
+        self.unset = assign(small, found.values)
+        clear(small, held)
         self.seconds["shrink"] += time.perf_counter() - start
         check = self._check(small, reference) if reference is not None else None
-        why = self._verdict(small, check, simple=simple)
+        why = self._verdict(small, check, reference, found.broken, simple=simple)
         if why:
             self.undo()
         return (None if why else small), why, check
@@ -161,22 +175,30 @@ class _Surgeon:
 
     def undo(self) -> None:
         """Puts a model that was shrunk in place back as it was."""
+        for step in self.unset if self.inplace else ():
+            step()
         put_back(self.tensors, self.old)
         for module, attributes in self.saved:
             vars(module).clear()
             vars(module).update(attributes)
-        self.old, self.saved = {}, []
+        self.old, self.saved, self.unset = {}, [], []
 
-    def _verdict(self, small: nn.Module, check: Check | None, *, simple: bool) -> str:
+    def _verdict(self, small: nn.Module, check: Check | None, reference: Reference | None, broken: Sequence[str], *, simple: bool) -> str:
         """Returns why a shrunk module of the model's own class may not be returned, or ""."""
-        if check is None:
-            return "" if simple or self._runs(small) else f"{type(small).__name__}.forward states sizes that cannot be changed from outside"
-        if check.passed:
+        name = type(small).__name__
+        if check is None and simple:
             return ""
-        where = self._where(small, check)
-        if simple and math.isfinite(check.error):
+        if check is None and not broken:
+            return "" if self._runs(small) else f"{name}.forward states sizes that cannot be changed from outside"
+        if check is not None and check.passed:
+            return ""
+        if broken:
+            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            return f"{name}.forward has sizes of its own that no attribute sets right: {broken[0]}{more}; see keep_class"
+        where = reference.where(small) if reference is not None else "it cannot be run"
+        if simple and check is not None and math.isfinite(check.error) and runs_as_recorded(small, self.removal):
             require(check, where)
-        return f"{type(small).__name__}.forward has sizes of its own, so its class cannot be kept: {where}"
+        return f"{name}.forward has sizes of its own, so its class cannot be kept: {where}"
 
     def _runs(self, small: nn.Module) -> bool:
         try:
@@ -188,36 +210,17 @@ class _Surgeon:
 
     # -- checking ----------------------------------------------------------------------------------------------------------------
 
-    def _reference(self) -> _Reference:
+    def _reference(self) -> Reference:
         start = time.perf_counter()
-        with undisturbed(self.model):
-            dense = output_tensors(self.inputs.copied().call(self.model))
-        masked = masked_outputs(self.removal, self.masks, self.originals)
+        found = reference_for(self.model, self.removal, self.masks, self.tensors)
         self.seconds["verify"] += time.perf_counter() - start
-        for outputs, which in ((dense, "model"), (masked, "masked model")):
-            if any(torch.isnan(t).any() or not torch.isfinite(t).any() for t in outputs if t.is_floating_point() and t.numel()):
-                what = f"the output of the {which} on the example inputs is not finite, so nothing can be verified"
-                raise InputError(what, "Pass other inputs")
-        return _Reference(masked, difference(dense, masked), tolerance_for(self.graph.engine.program))
+        return found
 
-    def _check(self, small: nn.Module, reference: _Reference) -> Check:
+    def _check(self, small: nn.Module, reference: Reference) -> Check:
         start = time.perf_counter()
-        error = float("inf")
-        try:
-            with undisturbed(small):
-                error = difference(reference.masked, output_tensors(self.inputs.copied().call(small)))
-        except GraphPruneError:
-            raise
-        except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes counts as different)
-            error = float("inf")
+        check = reference.check(small)
         self.seconds["verify"] += time.perf_counter() - start
-        return Check(error, reference.effect, reference.tolerance)
-
-    def _where(self, small: nn.Module, check: Check) -> str:
-        try:
-            return first_difference(small, self.removal, self.masks, self.originals, check.tolerance)
-        except GraphPruneError as error:
-            return error.what
+        return check
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 
@@ -245,6 +248,7 @@ class _Surgeon:
             groups=tuple(self._group_report(g, plan) for g in self.graph.groups),
             frozen=self.graph.frozen,
             unknown=self.graph.unknown,
+            remarks=check.remarks if check else (),
             seconds={**self.graph.seconds, **plan.seconds, **self.seconds},
         )
 
@@ -260,12 +264,3 @@ class _Surgeon:
             return 0
         shape = self.graph.shapes[s.parameter]
         return int(math.prod(shape) // shape[s.dim] * s.index.shape[1])
-
-
-@dataclass(frozen=True, eq=False)
-class _Reference:
-    """The masked model's outputs, the mask's effect, and the tolerance that fits their precision."""
-
-    masked: list[torch.Tensor]
-    effect: float
-    tolerance: float

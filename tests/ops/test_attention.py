@@ -137,6 +137,19 @@ CASES = [
 ]  # fmt: skip
 
 
+def kernel(name: str, operator: Any, **options: Any) -> Case:
+    """Returns attention that calls one of PyTorch's kernels by its name."""
+    return Case(name, lambda m, x: m.o(joined(operator(*(split(layer(x), 3) for layer in (m.q, m.k, m.v)))[0])), parts(), HEADS,
+                inputs=sequences, **options)  # fmt: skip
+
+
+atens = torch.ops.aten
+CASES += [
+    kernel("kernel for CPUs", atens._scaled_dot_product_flash_attention_for_cpu),  # noqa: SLF001 (no public name)
+    kernel("kernel in formulas", atens._scaled_dot_product_attention_math),  # noqa: SLF001 (as above)
+]
+
+
 def test_multihead_attention() -> None:
     """Heads and widths of the packed projections; the embedding goes with the layer before it."""
     check(MULTIHEAD)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.support.operators import Case, check, conv, normal
+from tests.support.operators import Case, check, conv, normal, sequences, table
 
 PLAIN = "8 exact: a.bias/0 a.weight/0 b.weight/1"
 
@@ -74,6 +74,16 @@ CASES = [
     Case("general operator, transposed",
          lambda m, x: torch.convolution(torch.relu(m.a(x)), m.w, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1),
          {"a": conv(3, 8), "w": nn.Parameter(torch.ones(8, 4, 2, 2))}, ["8 exact: a.bias/0 a.weight/0 w/0"], kind="module"),
+    Case("time first", lambda m, x: m.b(torch.relu(torch.conv_tbc(torch.relu(m.a(x)), m.w, m.v, 1))), {"a": nn.Linear(4, 8),
+         "w": table(3, 8, 6), "v": table(6), "b": nn.Linear(6, 4)}, ["8 exact: a.bias/0 a.weight/0 w/1", "6 exact: b.weight/1 v/0 w/2"],
+         inputs=sequences, kind="module"),
+    Case("time first, along the channels", lambda m, x: m.b(torch.conv_tbc(torch.relu(m.a(x)).permute(2, 0, 1).contiguous(), m.w, m.v, 1)),
+         {"a": nn.Linear(4, 8), "w": table(3, 5, 6), "v": table(6), "b": nn.Linear(6, 4)}, ["6 exact: b.weight/1 v/0 w/2"],
+         {"a.weight/0": "spatial dimension of a convolution"}, inputs=sequences),
+    Case("computed weight and values that are not zero", lambda m, x: m.b(functional.conv2d(torch.sigmoid(m.a(x)), m.w.exp())),
+         {"a": conv(3, 8), "w": table(6, 8, 3, 3), "b": conv(6, 4)}, ["8 changed: a.bias/0 a.weight/0 w/1", "6 exact: b.weight/1 w/0"]),
+    Case("computed weight, then a sum", lambda m, x: m.b(functional.conv2d(torch.relu(m.a(x)), m.w.exp()).sum(1, keepdim=True)),
+         {"a": conv(3, 8), "w": table(6, 8, 3, 3), "b": conv(1, 4)}, ["8 exact: a.bias/0 a.weight/0 w/1", "6 changed: w/0"]),
     Case("shared convolution", lambda m, x: m.b(m.s(m.s(torch.relu(m.a(x))))), {"a": conv(3, 8), "s": conv(8, 8), "b": conv(8, 4)},
          ["8 exact: a.bias/0 a.weight/0 b.weight/1 s.bias/0 s.weight/0 s.weight/1"], kind="module"),
     Case("residual", lambda m, x: m.b(torch.relu(m.a(x) + m.c(torch.relu(m.a(x))))), {"a": conv(3, 8), "c": conv(8, 8), "b": conv(8, 4)},

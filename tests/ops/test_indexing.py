@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import graphprune as gp
 from tests.support.operators import Case, check, conv, sequences, table, words
 
 A = "a.bias/0 a.weight/0"
@@ -45,13 +46,11 @@ def halves(first: int) -> list[str]:
     return [f"{first} exact: {A} b.weight/1", f"{8 - first} exact: {A} c.weight/1"]
 
 
-def write(_: Any, x: torch.Tensor) -> torch.Tensor:
-    """Returns x, with values written over some positions."""
-    return x.index_copy(1, torch.tensor([0, 1]), x[:, 2:4])
-
-
+SEVEN = [f"7 exact: {A} c.weight/1"]
+ALL = [f"8 exact: {A} b.weight/1 c.weight/1"]
+ODD, EVEN = [False, True] * 4, [True, False] * 4
 INNER = [f"4 exact: {A} b.weight/1 c.weight/1", f"4 exact: {A} c.weight/1"]
-STAYS = "position"
+TWO_OF_8 = [f"2 exact: {A} b.weight/1 c.weight/1", f"6 exact: {A} c.weight/1"]
 
 CASES = [
     pick(lambda _, x: x[:, 2:6], 4, INNER, "slice"),
@@ -64,11 +63,27 @@ CASES = [
     pick(lambda _, x: functional.pad(x[..., 1:5], (1, 1)), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "slice of space", kind="module"),
     pick(lambda _, x: x.narrow(1, 2, 4), 4, INNER, "narrow"),
     pick(lambda _, x: x.narrow(1, -5, 4), 4, INNER, "narrow from the end"),
-    pick(lambda _, x: x[:, 5].unsqueeze(1), 1, [], "select", frozen={"a.weight/0": "position picked by a literal (aten::select)"}),
+    pick(lambda _, x: x[:, 5].unsqueeze(1), 1, SEVEN, "select", frozen={"a.weight/0": "picked by a literal position (aten::select)"}),
+    pick(lambda _, x: x[:, -3].unsqueeze(1), 1, SEVEN, "select from the end", kind="graph"),
+    pick(lambda _, x: x[:, 0].unsqueeze(1), 1, SEVEN, "select the first", kind="module"),
+    pick(lambda _, x: x.select(1, 2).unsqueeze(1) + x[:, 6:7], 1, [f"6 exact: {A} c.weight/1"], "select and a slice",
+         frozen={"a.weight/0": "only position of a dimension, which would be left empty (aten::slice)"}),
+    pick(lambda _, x: x[:, 2:3] * x[:, 5:6], 1, [f"6 exact: {A} c.weight/1"], "slices of one channel"),
     pick(lambda _, x: x[:, :, 0:1].expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "slice of rows"),
     pick(lambda _, x: x[:, :, 2].unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "select of space"),
     pick(lambda _, x: x.unbind(1)[3].unsqueeze(1), 1, [], "unbind",
          frozen={"a.weight/0": "taken apart position by position (aten::unbind)"}),
+    pick(lambda _, x: torch.stack(x.unbind(1)[::-1], 1), 8, ALL, "unbind and stack", kind="module"),
+    pick(lambda _, x: torch.stack([*x.unbind(1)[2:5], x.unbind(1)[3]], 1), 4, ["1 exact: a.bias/0 a.weight/0 b.weight/1*2 c.weight/1",
+         f"2 exact: {A} b.weight/1 c.weight/1", f"5 exact: {A} c.weight/1"], "unbind and stack some", kind="graph"),
+    pick(lambda _, x: torch.stack(x.unbind(1), -1).movedim(-1, 1), 8, [], "unbind and stack elsewhere",
+         frozen={"a.weight/0": "taken apart position by position (aten::unbind)"}),
+    pick(lambda _, x: torch.stack(x.unbind(1), 1) + x.unbind(1)[0][:, None], 8, [], "unbind, stack, and one used by itself",
+         frozen={"a.weight/0": "taken apart position by position (aten::unbind)"}),
+    pick(lambda _, x: torch.stack([x[:, i] for i in (7, 0, -3)], 1), 3, ["3 exact: a.bias/0 a.weight/0 b.weight/1 c.weight/1",
+         "5 exact: a.bias/0 a.weight/0 c.weight/1"], "select and stack", kind="graph"),
+    pick(lambda _, x: torch.stack([x[:, 7], x[:, 0], x[:, 3].tanh()], 1), 3, [f"5 exact: {A} c.weight/1"],
+         "select and stack with another", frozen={"a.weight/0": "picked by a literal position (aten::select)"}),
     pick(lambda _, x: sum(x.unbind(2)).unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "unbind of space"),
     parted("chunk", 4, lambda m, x: m.b(x.chunk(2, 1)[0]) + m.c(x.chunk(2, 1)[1]), halves(4)),
     parted("chunk of unequal pieces", 3, lambda m, x: m.b(x.chunk(3, 1)[0]) + m.c(torch.cat(x.chunk(3, 1)[1:], 1)),
@@ -89,8 +104,17 @@ CASES = [
     pick(lambda _, x: x[:, [6, 1, 6, 1]], 4, [f"2 exact: {A} b.weight/1*2 c.weight/1", f"6 exact: {A} c.weight/1"], "repeated positions"),
     pick(lambda m, x: x[:, m.table], 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "permutation by a buffer",
          extra={"table": torch.tensor([3, 1, 0, 2, 7, 5, 6, 4])}, kind="graph"),
-    pick(lambda _, x: x[:, [True, False] * 4], 4, [], "mask of positions",
-         frozen={"a.weight/0": "looked up by position computed at run time (aten::index)"}),
+    pick(lambda _, x: x[:, EVEN], 4, INNER, "mask of positions", kind="graph"),
+    pick(lambda m, x: x[:, m.chosen], 4, INNER, "mask by a buffer", extra={"chosen": torch.tensor(ODD)}),
+    pick(lambda m, x: x[:, m.chosen, :, :][:, :2], 2, [f"2 exact: {A} b.weight/1 c.weight/1", f"2 exact: {A} c.weight/1",
+         f"4 exact: {A} c.weight/1"], "part of a mask", extra={"chosen": torch.tensor(ODD)}),
+    pick(lambda _, x: x[:, x.detach().mean((0, 2, 3)) > -1], 8, [], "mask computed at run time",
+         frozen={"a.weight/0": "computed at run time (aten::index)"}),
+    pick(lambda m, x: x[:, m.table].flatten(1, 2), 6,
+         ["2 exact block: a.bias/0*3 a.weight/0*3 b.weight/1*3 c.weight/1*3", f"2 exact: {A} c.weight/1",
+          "3 exact within: a.bias/0*2 a.weight/0*2 b.weight/1*2 c.weight/1*2"], "table with rows and columns", interchangeable=False,
+         extra={"table": torch.tensor([[6, 1, 3], [4, 0, 7]])}),
+    pick(lambda m, x: x[:, m.table].sum(2), 2, TWO_OF_8, "table with equal columns", extra={"table": torch.tensor([[6, 6], [3, 3]])}),
     pick(lambda _, x: x[:, x.mean((0, 2, 3)).argsort()], 8, [], "computed positions", frozen={"a.weight/0": "("}),
     pick(lambda _, x: x[:, [0, 1], [2, 3]].unsqueeze(3).expand(-1, -1, -1, 6), 2, [], "two lists",
          frozen={"a.weight/0": "looked up by position (aten::index)"}),
@@ -100,20 +124,30 @@ CASES = [
     Case("embedding of computed positions", lambda m, x: m.b(torch.relu(m.e(x.long().abs() % 11))).mean(2),
          {"e": nn.Embedding(11, 8), "b": nn.Linear(8, 4)}, ["8 exact: b.weight/1 e.weight/1"], inputs=sequences, kind="module"),
     Case("table of positions", lambda m, x: m.b(torch.relu(m.a(x) + m.p[m.i])), {"a": nn.Linear(4, 8), "b": nn.Linear(8, 4),
-         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])}, [f"8 exact: {A} b.weight/1 p/1", "5 exact: p/0"], inputs=sequences,
-         kind="module"),
-    pick(lambda m, x: x.gather(1, m.table.expand(x.shape[0], 2, 6, 6)), 2, [], "gather", extra={"table": torch.tensor([[[[1]], [[3]]]])},
-         frozen={"a.weight/0": "looked up by position (aten::gather)"}),
-    pick(lambda _, x: x.gather(3, torch.arange(6).flip(0).expand(x.shape)), 8, [], "gather in space"),
-    pick(lambda _, x: torch.take_along_dim(x, torch.tensor([1, 2]).view(1, 2, 1, 1), 1), 2, [], "take_along_dim",
-         frozen={"a.weight/0": "looked up by position (aten::take_along_dim)"}),
-    pick(write, 8, [], "written by position", frozen={"a.weight/0": "written by position (aten::index_copy)"}),
+         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])}, [f"8 exact: {A} b.weight/1 p/1", "5 exact: p/0"], inputs=sequences),
+    pick(lambda m, x: x.gather(1, m.table.expand(x.shape[0], 2, 6, 6)), 2, TWO_OF_8, "gather",
+         extra={"table": torch.tensor([[[[1]], [[3]]]])}, kind="graph"),
+    pick(lambda m, x: x.gather(1, m.table), 2, [], "gather by a table that varies in space", any_batch=False,
+         extra={"table": torch.arange(144).view(2, 2, 6, 6) % 8}, frozen={"a.weight/0": "looked up by position (aten::gather)"}),
+    pick(lambda _, x: x.gather(1, (x.mean(1, keepdim=True) > 0.3).long()), 1, [], "gather by computed positions",
+         frozen={"a.weight/0": "computed at run time (aten::gather)"}),
+    pick(lambda _, x: x.gather(3, torch.arange(6).flip(0).expand(x.shape)), 8, ALL, "gather in space"),
+    pick(lambda _, x: x.gather(3, torch.arange(6).flip(0).expand(x.shape[0], 8, 6, 6)), 8, ALL, "gather in space, sizes stated",
+         kind="graph"),
+    pick(lambda _, x: torch.take_along_dim(x, torch.tensor([1, 3]).view(1, 2, 1, 1), 1), 2, TWO_OF_8, "take_along_dim"),
+    pick(lambda _, x: torch.take_along_dim(x, torch.tensor([1, 2]).view(1, 1, 1, 2), 3).repeat(1, 1, 1, 3), 8, ALL,
+         "take_along_dim in space"),
     pick(lambda _, x: x.roll(3, 1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "roll"),
     pick(lambda _, x: x.roll((-2, 1), (-3, 3)), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "roll of channels and space"),
-    pick(lambda _, x: x.roll(5), 8, [], "roll of everything", frozen={"a.weight/0": "rolls the flattened tensor"},
-         unknown=[("aten::roll", "", 8)]),
+    pick(lambda _, x: x.roll(5), 8, [], "roll of everything", frozen={"a.weight/0": "left empty"}),
+    pick(lambda _, x: x.roll(72), 8, ALL, "roll of everything by whole channels", interchangeable=False),
+    pick(lambda _, x: x.mean((0, 2, 3)).roll(4).view(1, -1, 1, 1) * x, 8, ["4 exact: a.bias/0*2 a.weight/0*2 b.weight/1*2 c.weight/1*2"],
+         "roll of a vector"),
     pick(lambda _, x: x.flip(1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "flip", kind="module"),
     pick(lambda _, x: x.flip((-1, -3)), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "flip of channels and space", kind="module"),
+    *(pick(lambda _, x, k=k: x.rot90(k, (1, 2)).rot90(-k, (1, 2)), 8, ALL, f"turned by {k} quarters and back") for k in range(1, 4)),
+    pick(lambda _, x: x.flip(2).rot90(-1, (1, 2)).transpose(1, 2), 8, ALL, "turned clockwise"),
+    pick(lambda _, x: x.rot90(1, (1, 3)).transpose(1, 3), 8, ALL, "turned anticlockwise"),
 ]  # fmt: skip
 
 
@@ -121,3 +155,18 @@ CASES = [
 def test_indexing(case: Case) -> None:
     """Groups are what the formula of the operator says, and removal is exact."""
     check(case)
+
+
+def test_table_that_depends_on_the_batch() -> None:
+    """A literal table that has other numbers at another batch size cannot follow it, which the report says."""
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        flat = torch.relu(m.a(x)).flatten(0, 1).t().flatten()
+        out: torch.Tensor = m.c(flat[torch.arange(8) * 5 * x.shape[0]].view(1, 8))
+        return out
+
+    model = Case("table", run, {"a": nn.Linear(4, 8), "c": nn.Linear(8, 4)}, [], inputs=sequences).build()
+    masks = gp.L1NormPruner(model, [{"sparsity": 0.5}], example_inputs=sequences(2)).masks()
+    _, report = gp.speedup(model, masks, result="graph")
+    assert report.verified
+    assert "only at batch 2: a table of positions depends on the batch size" in report.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,11 +10,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import graphprune as gp
 from tests.support.operators import Case, check, conv, let, normal, sequences, table
 
 A = "a.bias/0 a.weight/0"
+
+
+def standardised(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Returns a weight whose output channels have mean 0 and the deviation `gain`, by way of a batch norm."""
+    return functional.batch_norm(w.reshape(1, w.shape[0], -1), None, None, gain, training=True, momentum=0.0).reshape_as(w)
+
+
 NORM = "norm.bias/0 norm.weight/0"
 STATISTICS = "norm.running_mean/0 norm.running_var/0"
+
+
+def unit(w: torch.Tensor) -> torch.Tensor:
+    """Returns a weight whose output channels have norm 1."""
+    out: torch.Tensor = w / torch.linalg.vector_norm(w, dim=(1, 2, 3), keepdim=True)
+    return out
 
 
 def spatial(name: str, norm: nn.Module, groups: list[str], **options: Any) -> Case:
@@ -82,6 +97,31 @@ CASES = [
     linear("weight norm", nn.Identity(),
          ["8 exact: a.bias/0 a.parametrizations.weight.original0/0 a.parametrizations.weight.original1/0 b.weight/1"],
            layer=nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), reference="never"),
+    Case("batch norm of a weight", lambda m, x: m.b(torch.relu(functional.conv2d(torch.relu(m.a(x)), standardised(m.w, m.g)))),
+         {"a": conv(3, 8), "w": table(6, 8, 3, 3), "g": table(6), "b": conv(6, 4)}, [f"8 changed: {A} w/1", "6 exact: b.weight/1 g/0 w/0"]),
+    Case("batch norm of a weight, over channels that are not zero",
+         lambda m, x: m.b(torch.sigmoid(functional.conv2d(torch.sigmoid(m.a(x)), standardised(m.w, m.g)))),
+         {"a": conv(3, 8), "w": table(6, 8, 3, 3), "g": table(6), "b": conv(6, 4)}, [f"8 changed: {A} w/1", "6 exact: b.weight/1 g/0 w/0"]),
+    Case("batch norm of pixels as channels", lambda m, x: m.b(functional.batch_norm(m.a(x).flatten(2).transpose(1, 2), None, None,
+         training=True).transpose(1, 2).unflatten(2, (6, 6))), {"a": conv(3, 8), "b": conv(8, 4)}, [f"8 changed: {A} b.weight/1"]),
+    Case("instance norm of pixels as instances", lambda m, x: m.b(functional.instance_norm(m.a(x).permute(0, 2, 1, 3))
+         .permute(0, 2, 1, 3)), {"a": conv(3, 8), "b": conv(8, 4)}, [f"8 changed: {A} b.weight/1"], kind="module"),
+    Case("standardised weight of a grouped convolution", lambda m, x: m.b(functional.conv2d(torch.sigmoid(m.a(x)), m.w - m.w.mean((1, 2, 3),
+         keepdim=True), groups=2)), {"a": conv(3, 8), "w": table(6, 4, 3, 3), "b": conv(6, 4)},
+         ["2 exact block: a.bias/0*4 a.weight/0*4 b.weight/1*3 w/0*3", "3 exact within: b.weight/1*2 w/0*2",
+          "4 changed within: a.bias/0*2 a.weight/0*2 w/1"]),
+    Case("standardised weight of a transposed convolution", lambda m, x: m.b(functional.conv_transpose2d(torch.sigmoid(m.a(x)),
+         m.w - m.w.mean((1, 2, 3), keepdim=True))), {"a": conv(3, 8), "w": table(8, 6, 3, 3), "b": conv(6, 4)},
+         [f"8 changed: {A} w/0", "6 changed: b.weight/1 w/1"]),
+    Case("spectral norm", lambda m, x: m.b(torch.tanh(m.n(torch.tanh(m.a(x))))), {"a": nn.Linear(4, 8),
+         "n": nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)), "b": nn.Linear(6, 4)},
+         [f"8 exact: {A} n.parametrizations.weight.0._v/0 n.parametrizations.weight.original/1",
+          "6 exact: b.weight/1 n.bias/0 n.parametrizations.weight.0._u/0 n.parametrizations.weight.original/0"], inputs=sequences),
+    Case("weights scaled to length one", lambda m, x: m.b(torch.relu(functional.conv2d(torch.relu(m.a(x)), unit(m.w)))), {"a": conv(3, 8),
+         "w": table(6, 8, 3, 3), "b": conv(6, 4)}, [f"8 exact: {A} w/1", "6 exact: b.weight/1 w/0"], reference="never"),
+    Case("correlations", lambda m, x: m.b(torch.relu(m.a(x))) @ let(m.a(x), lambda y: m.b(torch.corrcoef(y.T))).T @ m.v,
+         {"a": nn.Linear(4, 8), "b": nn.Linear(8, 4), "v": table(8, 3)}, [f"8 exact: {A} b.weight/1 v/0", "4 exact: b.bias/0 b.weight/0"],
+         inputs=lambda n: normal(n + 3, 4), reference="never"),
     Case("local response norm", lambda m, x: m.b(functional.local_response_norm(m.a(x), 3)), {"a": conv(3, 8), "b": conv(8, 4)}, [],
          {"a.weight/0": "("}),
 ]  # fmt: skip
@@ -93,7 +133,16 @@ def test_normalisation(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.xfail(reason="nn.InstanceNorm2d without parameters keeps its num_features", strict=True)
-def test_instance_norm_without_affine() -> None:
+@pytest.mark.parametrize(("norm", "name", "verdict"), [(nn.InstanceNorm2d(8), "num_features", "exact"),
+    (nn.BatchNorm2d(8, affine=False, track_running_stats=False), "num_features", "exact"),
+    (nn.GroupNorm(1, 8, affine=False), "num_channels", "changed"),
+    (nn.GroupNorm(8, 8, affine=False), "num_channels", "exact")])  # fmt: skip
+def test_norms_without_tensors(norm: nn.Module, name: str, verdict: str) -> None:
     """A norm that has no tensors of its own is told how many channels are left."""
-    check(spatial("instance norm without affine", nn.InstanceNorm2d(8), [f"8 exact: {A} b.weight/1"]))
+    case = spatial("norm without tensors", norm, [f"8 {verdict}: {A} b.weight/1"], reference="auto" if verdict == "exact" else "never")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # instance norms warn of other numbers than theirs
+        check(case)
+    small, report = gp.prune(case.build(), case.inputs(2), sparsity=0.5)
+    assert report.kind == "module"
+    assert getattr(small.get_submodule("norm"), name) == 4

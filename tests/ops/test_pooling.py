@@ -42,6 +42,16 @@ def warp(x: torch.Tensor) -> torch.Tensor:
     return functional.grid_sample(x, grid, align_corners=False)
 
 
+def attended(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Samples each of 4 heads at places of its own."""
+    y = torch.relu(m.a(x))
+    n, heads = x.shape[0], 4
+    places = torch.tanh(m.p(x).mean((2, 3))).view(n * heads, 1, 3, 2)
+    taken = functional.grid_sample(y.view(n * heads, -1, *y.shape[2:]), places, align_corners=False)
+    out: torch.Tensor = m.b(taken.view(n, -1, 1, 3))
+    return out
+
+
 def each(name: str, *operators: Any) -> list[Case]:
     """Returns one case per rank."""
     return [pool(rank, name, operator) for rank, operator in enumerate(operators, start=1)]
@@ -65,6 +75,16 @@ CASES = [
     *each("reflection pad", *(lambda x, r=r: functional.pad(x, (1, 2) * r, mode="reflect") for r in (1, 2, 3))),
     *each("replication pad", *(lambda x, r=r: functional.pad(x, (1, 2) * r, mode="replicate") for r in (1, 2, 3))),
     pool(2, "lp_pool", lambda x: functional.lp_pool2d(x.abs() + 0.1, 2, 2)),
+    *each("max_unpool", *(lambda x, p=p, u=u: u(*p(x, 2, return_indices=True), 2) for p, u in (
+        (functional.max_pool1d, functional.max_unpool1d), (functional.max_pool2d, functional.max_unpool2d),
+        (functional.max_pool3d, functional.max_unpool3d)))),
+    pool(2, "fractional", lambda x: functional.fractional_max_pool2d(x, 2, 3, _random_samples=torch.full((x.shape[0], 1, 2), 0.4,
+         dtype=x.dtype).expand(-1, x.shape[1], -1))),
+    pool(3, "fractional", lambda x: functional.fractional_max_pool3d(x, 2, 3, _random_samples=torch.linspace(0.1, 0.9, 24, dtype=x.dtype)
+         .view(1, 8, 3).expand(x.shape[0], -1, -1)), [], frozen={"a.weight/0": "random numbers of its own"}, kind=None),
+    Case("places per head", attended, {"a": nn.Conv2d(3, 8, 1), "p": nn.Conv2d(3, 24, 1), "b": nn.Conv2d(8, 4, 1)},
+         ["2 exact within: a.bias/0*4 a.weight/0*4 b.weight/1*4",
+          "4 exact block: a.bias/0*2 a.weight/0*2 b.weight/1*2 p.bias/0*6 p.weight/0*6"]),
     pool(2, "grid_sample", warp), pool(3, "grid_sample", warp),
     pool(2, "adaptive pool of channels as space", lambda x: functional.adaptive_avg_pool1d(x.mean(2).transpose(1, 2), 8).transpose(1,
          2).unsqueeze(2),

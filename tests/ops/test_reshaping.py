@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.support.operators import Case, check, conv, normal, sequences
+from tests.support.operators import Case, check, conv, let, normal, sequences
 
 A = "a.bias/0 a.weight/0"
 PLAIN = [f"8 exact: {A} b.weight/1"]
@@ -81,14 +81,28 @@ CASES = [
     through("expand with new dimensions", lambda x: x.expand(3, *x.shape).mean(0), kind="module"),
     through("expand_as", lambda x: x.mean((2, 3), keepdim=True).expand_as(x), kind="module"),
     through("expand one channel to all", lambda x: x + x.sum(1, keepdim=True).expand_as(x), kind="module"),
-    through("expand one channel by a literal", lambda x: x + x[:, :1].expand(-1, 8, -1, -1), groups=[], frozen={"a.weight/0": "aten::add"}),
+    through("expand one channel by a literal", lambda x: x + x[:, :1].expand(-1, 8, -1, -1), groups=[f"7 exact: {A} b.weight/1"],
+            frozen={"a.weight/0": "only position"}, kind="graph"),
+    through("expand one value by a literal", lambda x: x + x.sum(1, keepdim=True).expand(-1, 8, -1, -1), kind="graph"),
+    through("expand one value, then sum",
+            lambda x: x * (x + x.amax((2, 3)).sum(1).view(-1, 1, 1, 1).expand(-1, 8, 6, 6)).sum(1, keepdim=True),
+            groups=[f"8 changed: {A} b.weight/1"], kind="graph"),
     through("broadcast_to", lambda x: torch.broadcast_to(x.mean((2, 3), keepdim=True), (x.shape[0], 8, 6, 6)), kind="graph"),
     through("repeat of channels", lambda x: x.repeat(1, 2, 1, 1), 16, [f"8 exact: {A} b.weight/1*2"], kind="module"),
     through("repeat of space", lambda x: x.repeat(1, 1, 2, 2), kind="module"),
     through("tile", lambda x: x.tile(2, 1, 1), 16, [f"8 exact: {A} b.weight/1*2"], kind="module"),
     through("repeat_interleave", lambda x: x.repeat_interleave(3, 1), 24, [f"8 exact: {A} b.weight/1*3"], kind="module"),
-    through("repeat_interleave by a table", lambda x: x.repeat_interleave(torch.tensor([1, 2] * 4), 1), 12, [],
-            frozen={"a.weight/0": "not a literal"}, unknown=[("aten::repeat_interleave", "", 8)]),
+    through("repeat_interleave by a table", lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1] * 2), 1), 8,
+            ["2 exact: a.bias/0 a.weight/0", "2 exact: a.bias/0 a.weight/0 b.weight/1*2", "4 exact: a.bias/0 a.weight/0 b.weight/1"],
+            kind="graph", interchangeable=False),
+    flat("repeat_interleave of everything", lambda x: x.mean((0, 2, 3)).repeat_interleave(2).view(1, -1), [f"8 exact: {A} b.weight/1*2"],
+         16, kind="module"),
+    flat("repeat_interleave of a vector by a table", lambda x: x.mean((0, 2, 3)).repeat_interleave(torch.tensor([3, 1] * 4)).view(1, -1),
+         [f"4 exact: {A} b.weight/1", f"4 exact: {A} b.weight/1*3"], 16, kind="graph"),
+    flat("repeat_interleave of rows and columns", lambda x: x.mean((2, 3)).repeat_interleave(2).view(-1, 16),
+         [f"8 exact: {A} b.weight/1*2"], 16),
+    through("repeat_interleave as often as computed", lambda x: x.repeat_interleave((x.detach().mean((0, 2, 3)) > -9).long(), 1), groups=[],
+            frozen={"a.weight/0": "not known beforehand"}, unknown=[("aten::repeat_interleave", "", 8)]),
     through("shuffle", lambda x: shuffle(x, 2), groups=SHUFFLED),
     through("shuffle and cut", lambda x: shuffle(x, 2)[:, :4], 4, ["2 exact within: a.bias/0*2 a.weight/0*2 b.weight/1*2",
             "2 exact within: a.bias/0*2 a.weight/0*2", "2 exact block: a.bias/0*4 a.weight/0*4 b.weight/1*2"]),
@@ -103,8 +117,20 @@ CASES = [
     through("unfold of space", lambda x: x.unfold(2, 3, 1).unfold(3, 3, 1).mean((-1, -2)), kind="module"),
     through("unfold of channels", lambda x: x.unfold(1, 2, 2).sum(-1), 4, [], frozen={"a.weight/0": "sliding windows (aten::unfold)"}),
     flat("F.unfold", lambda x: functional.unfold(x, 3, padding=1).mean(2), [f"8 exact: {A} b.weight/1*9"], 72, kind="module"),
-    through("F.fold", lambda x: functional.fold(functional.unfold(x, 3, padding=1), (6, 6), 3, padding=1), 8, [],
-            frozen={"a.weight/0": "aten::col2im"}, unknown=[("aten::col2im", "", 8)]),
+    through("F.fold", lambda x: functional.fold(torch.tanh(functional.unfold(x, 3, padding=1)), (6, 6), 3, padding=1), kind="module"),
+    through("F.fold of all taps", lambda x: functional.fold(x.flatten(2), (12, 12), 2, stride=2), 2,
+            ["2 exact: a.bias/0*4 a.weight/0*4 b.weight/1"], kind="module"),
+    flat("triangle of products", lambda x: let(x.mean((2, 3)), lambda y: (y[:, :, None] * y[:, None]).tril()).sum(1),
+         [f"8 exact: {A} b.weight/1"], 8,
+         interchangeable=False),
+    flat("upper triangle beside the diagonal", lambda x: let(x.mean((2, 3)), lambda y: (y[:, :, None] * y[:, None]).triu(1)).sum(1), [], 8,
+         frozen={"a.weight/0": "beside the main one (aten::triu)"}),
+    through("triangle of space", lambda x: x.tril(1), kind="module"),
+    flat("diagonal of products", lambda x: let(x.mean((2, 3)), lambda y: (y[:, :, None] * y[:, None]).diagonal(0, 1, 2)), PLAIN, 8),
+    flat("diagonal beside the main one", lambda x: let(x.mean((2, 3)), lambda y: (y[:, :, None] * y[:, None]).diagonal(1, 1, 2)), [], 7,
+         frozen={"a.weight/0": "beside the main one (aten::diagonal)"}),
+    flat("diagonal of space", lambda x: x.diagonal(1, -2, -1).mean(-1), PLAIN, 8, kind="module"),
+    through("as_strided", lambda x: x.as_strided(x.shape, x.stride()), groups=[], frozen={"a.weight/0": "literal strides"}),
 ]  # fmt: skip
 
 

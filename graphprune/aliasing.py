@@ -1,0 +1,73 @@
+"""Which tensors of a recorded program share memory, and which operators write to it.
+
+A view and the tensor that it looks into hold the same values: what is written through one of them is read through the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import fx
+
+_HANDS_ON = {"aten::dropout", "aten::alpha_dropout", "aten::feature_dropout"}
+"""Operators that return their input itself in eval mode, which their schema does not say."""
+
+
+class Memory:
+    """The families of tensors with shared memory in a program, for those families that some operator writes to."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        """Walks a recorded graph once."""
+        first: dict[fx.Node, fx.Node] = {}
+        writes: dict[fx.Node, int] = {}
+        self._position: dict[fx.Node, int] = {}
+        for position, node in enumerate(graph.nodes):
+            self._position[node] = position
+            written, shared = _aliased(node)
+            for argument in (*written, *shared):
+                first.setdefault(node, first.get(argument, argument))
+            for argument in written:
+                writes[first.get(argument, argument)] = position
+        self._root = {node: root for node in graph.nodes if (root := first.get(node, node)) in writes}
+        self._last_write = writes
+        self._members: dict[fx.Node, list[fx.Node]] = {}
+        for node, root in self._root.items():
+            self._members.setdefault(root, []).append(node)
+
+    def written_after(self, tensor: fx.Node, node: fx.Node) -> bool:
+        """Returns whether the memory of a tensor is written by an operator that runs after `node`."""
+        root = self._root.get(tensor)
+        return root is not None and self._last_write[root] > self._position[node]
+
+    def overwritten_by(self, node: fx.Node) -> list[fx.Node]:
+        """Returns the tensors whose memory a node writes to, as far as they exist already."""
+        written, _ = _aliased(node)
+        members = {m for argument in written for m in self._members[self._root[argument]]}
+        return [m for m in members if self._position[m] <= self._position[node]]
+
+
+def _aliased(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Returns the arguments that a node writes to, and those whose memory its output may share."""
+    if node.op != "call_function":
+        return [], []
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return [], node.all_input_nodes[:1]  # one tensor out of a list of them
+    written: list[fx.Node] = []
+    shared: list[fx.Node] = []
+    for i, argument in enumerate(schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None:
+            (written if argument.alias_info.is_write else shared).extend(_nodes(value))
+    if schema.name in _HANDS_ON:
+        shared += node.all_input_nodes[:1]
+    return written, shared
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    """Returns the nodes in an argument: itself, or those in a list."""
+    if isinstance(value, (list, tuple)):
+        return [v for v in value if hasattr(v, "all_input_nodes")]
+    return [value] if hasattr(value, "all_input_nodes") else []

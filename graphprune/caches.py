@@ -1,0 +1,62 @@
+"""Tensors that a model keeps from earlier runs: they hide what they were computed from, and are too wide once channels are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graphprune.inputs import undisturbed
+from graphprune.meta import shapes_suffice
+
+if TYPE_CHECKING:
+    from graphprune.inputs import Inputs
+
+Where = tuple[str, str]
+"""Module path and attribute name."""
+
+
+def caches(model: nn.Module, inputs: Inputs) -> list[Where]:
+    """Returns where the model keeps dicts of tensors that it fills again by itself.
+
+    Only a model that has such dicts is run, once, with all of them emptied; where it fails then, they are no caches.
+    """
+    found = dict(_candidates(model))
+    if not found:
+        return []
+    keys = {where: list(held) for where, held in found.items()}
+    with undisturbed(model), shapes_suffice(model, inputs.tensors()):
+        for held in found.values():
+            held.clear()
+        try:
+            inputs.copied().call(model)
+        except Exception:  # noqa: BLE001 (whatever the model raises without them means that it needs them)
+            return []
+        return [where for where, held in found.items() if list(held) == keys[where]]
+
+
+@contextmanager
+def emptied(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Empties a model's caches inside the block; whoever calls this puts them back, as `undisturbed` does."""
+    clear(model, caches(model, inputs))
+    yield
+
+
+def clear(model: nn.Module, places: list[Where]) -> None:
+    """Empties caches."""
+    modules = dict(model.named_modules())
+    for path, name in places:
+        vars(modules[path])[name].clear()
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[Where, dict[Any, Any]]]:
+    """Yields dicts of tensors among the attributes of modules, not those in which PyTorch keeps parameters and buffers."""
+    for path, module in model.named_modules():
+        for name, held in vars(module).items():
+            if type(held) is not dict or not held or name in {"_parameters", "_buffers"}:
+                continue
+            if all(isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter) for v in held.values()):
+                yield (path, name), held

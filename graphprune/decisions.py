@@ -1,0 +1,206 @@
+"""What a program decides by the values that it computes: numbers that Python reads, sizes, choices, random draws.
+
+Two runs whose values agree to the last bit but one may decide differently (a tie broken the other way), and a recording holds only one
+outcome of each decision. So decisions are known by kind: channels that are mixed into a number stay, a `GraphModule` that would repeat a
+decision is refused, and a verification lets both of its runs decide alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch.utils import _pytree as pytree
+
+from graphprune.ops.registry import Why
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from graphprune.labelling import Analysis
+    from graphprune.tracing import Program
+
+Kind: TypeAlias = Literal["", "number", "size", "step", "random"]
+
+_NUMBERS = frozenset({"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::allclose", "aten::is_same_size"})
+_STEPS = frozenset(
+    f"aten::{name}"
+    for name in ("round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "floor_divide", "remainder", "fmod")
+)
+_SIZES = frozenset({"aten::nonzero_numpy", "aten::masked_select", "aten::unique_consecutive", "aten::bincount", "torchvision::nms"})
+_OFF = {"train": (False,), "training": (False,), "dropout_p": (0, None), "p": (0,), "dropout": (0,)}
+_FAR = 1e6  # a number that is beyond any threshold
+_REMEDY = "Compute it with tensor operators"
+
+
+def decision(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: object, *, constant: bool) -> Kind:
+    """Returns what kind of decision an operator call is.
+
+    Args:
+        func: the ATen overload.
+        args: what it was called with.
+        kwargs: likewise.
+        result: what it returned.
+        constant: whether it depends on no input and no parameter, so that it decides the same in every run.
+
+    Returns:
+        "number" where Python gets a number; "size" where values decide a shape; "step" where small changes of floating-point values make
+        large changes, or choose positions; "random" where random numbers are drawn; "" otherwise.
+    """
+    name = func._schema.name  # noqa: SLF001 (the schema is the documented identity of an overload)
+    if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+        return "random"
+    if constant:
+        return ""
+    if name in _NUMBERS:
+        return "number"
+    if _is_sized(func, name, args, kwargs):
+        return "size"
+    if any(not t.is_floating_point() and not t.is_complex() for t in tensors_in(result)) or name.removesuffix("_") in _STEPS:
+        return "step" if any(t.is_floating_point() for t in tensors_in((args, kwargs))) else ""
+    return ""
+
+
+def sized_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Returns the tensors whose values decide the size of the result, where an operator has others besides; none elsewhere."""
+    name = func._schema.name  # noqa: SLF001 (the schema is documented)
+    if name == "aten::index":
+        return tensors_in(args[1] if len(args) > 1 else kwargs["indices"])
+    if name == "aten::repeat_interleave" and (len(args) > 1 or "repeats" in kwargs):
+        return tensors_in(args[1] if len(args) > 1 else kwargs["repeats"])
+    return []
+
+
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """Returns the tensors in nested arguments or results, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def rounds_matter(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Returns whether rounding, or the state of the random number generator, may change what is decided."""
+    return kind == "random" or (bool(kind) and any(t.is_floating_point() for t in tensors_in((args, kwargs))))
+
+
+def is_delicate(program: Program) -> bool:
+    """Returns whether rounding or random numbers may change which values a program computes."""
+    return any(node.meta.get("delicate") for node in program.graph.nodes)
+
+
+def decisions_of(program: Program, kinds: tuple[Kind, ...]) -> list[fx.Node]:
+    """Returns the operators of a program that take decisions of these kinds."""
+    return [node for node in program.graph.nodes if node.meta.get("decides") in kinds]
+
+
+def operators_of(program: Program) -> list[tuple[object, ...]]:
+    """Returns a program's operators with the modules that ran them and the parameters that they read: equal where the paths are."""
+    calls = (n for n in program.graph.nodes if n.op == "call_function" and "decides" in n.meta)
+    return [(n.target, n.meta["module"], *(a.target for a in n.all_input_nodes if a.op == "get_attr")) for n in calls]
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Returns whether random numbers are drawn: not by dropout that is switched off."""
+    names = [a.name for a in func._schema.arguments]  # noqa: SLF001
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}  # noqa: SLF001
+    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    return not any(name in given and not isinstance(given[name], torch.Tensor) and given[name] in off for name, off in _OFF.items())
+
+
+def _is_sized(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"}:
+        places = args[1] if len(args) > 1 else kwargs.get("indices", ())
+        return name == "aten::index" and any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(places))
+    if name == "aten::one_hot":
+        return bool((args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) == -1)
+    if name == "aten::repeat_interleave":
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0] if len(args) == 1 else None)
+        return isinstance(repeats, torch.Tensor) and kwargs.get("output_size") is None
+    if name == "aten::tensor_split":
+        return len(tensors_in((args, kwargs))) > 1
+    return name in _SIZES or (name == "aten::where" and len(args) == 1) or torch.Tag.dynamic_output_shape in func.tags
+
+
+# -- channels ----------------------------------------------------------------------------------------------------------------------
+
+
+def freeze_decided(analysis: Analysis, program: Program) -> None:
+    """Freezes the channels over which a statistic was taken on the way to a number that Python reads, or to a size.
+
+    A channel that still has an index of its own where a number is read was frozen by the operator's rule. Here are those that were
+    reduced before: a sum over zeros is the same without them, a maximum or a mean is not. The way back ends at layers, which mix channels
+    by weights.
+    """
+    seen: set[fx.Node] = set()
+    for node in decisions_of(program, ("number", "size")):
+        decides = "is read as a Python number" if node.meta["decides"] == "number" else "decides a size"
+        todo = list(node.all_input_nodes)
+        while todo:
+            current = todo.pop()
+            if current in seen or any(n.op == "get_attr" and str(n.target) in analysis.parameters for n in current.all_input_nodes):
+                continue
+            seen.add(current)
+            todo += current.all_input_nodes
+            _freeze_statistics(current, f"is reduced before it {decides}", analysis)
+
+
+def _freeze_statistics(node: fx.Node, text: str, analysis: Analysis) -> None:
+    notes = analysis.notes.get(node)
+    for labels in notes.statistics if notes is not None else ():
+        target: Any = node.target
+        analysis.reasons.append(Why(text, target._schema.name, node.meta["module"], _REMEDY))  # noqa: SLF001
+        analysis.table.freeze(labels, len(analysis.reasons) - 1)
+
+
+# -- other paths -------------------------------------------------------------------------------------------------------------------
+
+
+class Otherwise:
+    """Runs a model's operators, and decides at random: which way Python goes, what is chosen by value, what a comparison gives.
+
+    What such a run computes means nothing. But every path that it takes is one that the model can take, so what it says of channels holds.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Takes the seed of the decisions; 0 and 1 turn truth values over, and make all numbers that are read very large, or very low."""
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one operator."""
+        if node.meta.get("whole"):
+            return args[0]
+        result = func(*args, **kwargs)
+        kind = decision(func, args, kwargs, result, constant=node.meta["constant"])
+        if kind == "number":
+            return self._number(result)
+        if kind != "step" or func._schema.is_mutable:  # noqa: SLF001
+            return result
+        size = self._choices(args, kwargs)
+        parts = list(result) if isinstance(result, (list, tuple)) else [result]
+        made = [self._chosen(p, size) if isinstance(p, torch.Tensor) else p for p in parts]
+        return type(result)(made) if isinstance(result, (list, tuple)) else made[0]
+
+    def _number(self, value: Any) -> Any:
+        coin = int(torch.randint(0, 3, (), generator=self.generator)) if self.seed > 1 else self.seed
+        if isinstance(value, bool):
+            return coin > 0 if self.seed > 1 else not value
+        return (_FAR, -_FAR, value)[coin] if isinstance(value, float) else value
+
+    @staticmethod
+    def _choices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Returns how many positions an operator that chooses along one dimension chooses from, 0 where it is not of that kind."""
+        source = args[0] if args else None
+        dims = [d for d in (*args[1:], *kwargs.values()) if isinstance(d, int) and not isinstance(d, bool)]
+        if not isinstance(source, torch.Tensor) or not source.ndim:
+            return 0
+        return min(source.shape[d] for d in [*(d for d in dims if -source.ndim <= d < source.ndim), -1])
+
+    def _chosen(self, part: torch.Tensor, size: int) -> torch.Tensor:
+        if part.is_meta:
+            return part
+        if part.dtype == torch.bool:
+            return torch.randint(0, 2, part.shape, generator=self.generator).to(part)
+        if part.dtype == torch.int64 and size > 0 and part.numel() and int(part.min()) >= 0 and int(part.max()) < size:
+            return torch.randint(0, size, part.shape, generator=self.generator).to(part)
+        return part

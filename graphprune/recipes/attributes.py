@@ -1,0 +1,94 @@
+"""The numbers that modules hold, as a recipe writes them down and puts them back.
+
+A number is named by its way from the module: `num_heads` for an attribute, `config.num_heads` for one of a configuration object, a dict
+or a `functools.partial` that the module holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_NUMBERS = (bool, int, float)
+_SEQUENCES = (tuple, list, torch.Size)
+_DEEPEST = 3  # objects within objects within a module
+
+
+def numbers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns module name -> way -> value, for numbers and (nested) sequences of numbers, sequences as lists."""
+    found = {}
+    for path, module in model.named_modules():
+        ways = ((prefix, name, value) for prefix, held in _holders(module).items() for name, value in held.items())
+        found[path] = {f"{prefix}{name}": _copied(value) for prefix, name, value in ways if isinstance(name, str) and _is_plain(value)}
+    return found
+
+
+def changed_numbers(before: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns module name -> way -> value of what is another number now, or stands in front of a number of the module's class."""
+    modules = dict(model.named_modules())
+    changed: dict[str, dict[str, Any]] = {}
+    for path, values in numbers_of(model).items():
+        earlier = before.get(path, {})
+        for way, value in values.items():
+            if earlier.get(way, value) != value or (way not in earlier and isinstance(getattr(type(modules[path]), way, None), int)):
+                changed.setdefault(path, {})[way] = value
+    return changed
+
+
+def put_number(module: nn.Module, way: str, value: Any) -> bool:
+    """Sets a number of a module, in the type of sequence that stands there; returns whether the module has one of that name."""
+    prefix, dot, name = way.rpartition(".")
+    holder = _holders(module).get(prefix + dot)
+    if holder is None or (name not in holder and not (prefix == "" and hasattr(type(module), name))):
+        return False
+    holder[name] = _like(holder.get(name), value)
+    return True
+
+
+def _holders(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """Returns the module's attributes under "", and those of each object that it holds under the way there with a final dot."""
+    found: dict[str, dict[Any, Any]] = {}
+    seen: set[int] = set()
+    level: Iterable[tuple[str, dict[Any, Any]]] = [("", vars(module))]
+    for _ in range(_DEEPEST + 1):
+        fresh = [(prefix, held) for prefix, held in level if id(held) not in seen]
+        seen.update(id(held) for _, held in fresh)
+        found.update(fresh)
+        inner = [(f"{prefix}{name}.", _inside(value)) for prefix, held in fresh for name, value in held.items() if isinstance(name, str)]
+        level = [(prefix, held) for prefix, held in inner if held is not None]
+    return found
+
+
+def _inside(value: object) -> dict[Any, Any] | None:
+    """Returns what a plain object, a dict or a partial holds; None for everything else, modules, tensors and functions among it."""
+    if isinstance(value, functools.partial):
+        return value.keywords
+    if type(value) is dict:
+        return value
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or callable(value) or type(value).__module__.startswith(("torch", "graphprune")):
+        return None
+    held = getattr(value, "__dict__", None)
+    return held if type(held) is dict else None
+
+
+def _is_plain(value: object) -> bool:
+    return all(_is_plain(item) for item in value) if type(value) in _SEQUENCES else isinstance(value, _NUMBERS)  # type: ignore[attr-defined]
+
+
+def _copied(value: Any) -> Any:
+    return [_copied(item) for item in value] if isinstance(value, _SEQUENCES) else value
+
+
+def _like(current: Any, value: Any) -> Any:
+    """Returns a value whose lists are of the types of sequence that the current one is made of."""
+    if not isinstance(value, list) or not isinstance(current, _SEQUENCES):
+        return value
+    inner = current[0] if len(current) else None
+    return type(current)(_like(inner, item) for item in value)

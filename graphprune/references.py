@@ -1,0 +1,232 @@
+"""What a shrunk model is compared with: the masked model, replayed from its recording or run anew where values decide what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from graphprune.decisions import is_delicate
+from graphprune.errors import GraphPruneError, InputError
+from graphprune.inputs import undisturbed
+from graphprune.lockstep import DepartureError, Entry, Leader, Run, follow, lead
+from graphprune.masks import copied
+from graphprune.surgery.slicing import like
+from graphprune.tracing import record
+from graphprune.verification import Check, difference, first_difference, masked_outputs, masked_tensor, output_tensors, tolerance_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import fx, nn
+
+    from graphprune.masks import Masks
+    from graphprune.surgery.rewriting import Removal
+
+
+class Reference(Protocol):
+    """The masked model, ready to be compared with."""
+
+    def check(self, small: nn.Module) -> Check:
+        """Runs a shrunk model and compares."""
+
+    def where(self, small: nn.Module) -> str:
+        """Returns where a shrunk model first departs: operator and module path."""
+
+
+def reference_for(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> Reference:
+    """Runs a model, all of it and masked.
+
+    Args:
+        model: the original model; left as it is.
+        removal: its recording and what goes.
+        masks: the masks behind it.
+        tensors: its parameters and buffers by all their names.
+
+    Raises:
+        InputError: the model or the masked model gives values that nothing can be compared with, or their comparison needs other inputs.
+    """
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    if is_delicate(removal.analysis.program):
+        return _Led.of(model, removal, masks, tensors)
+    inputs = removal.analysis.program.inputs
+    with undisturbed(model):
+        dense = output_tensors(inputs.copied().call(model))
+    masked = masked_outputs(removal, masks, plain)
+
+    def first_without_values(*, of_masked: bool) -> str:
+        watch = _NotFinite()
+        if of_masked:
+            masked_outputs(removal, masks, plain, watch)
+        else:
+            record(model, inputs, on_value=watch)
+        return watch.first
+
+    _require_values(dense, masked, first_without_values)
+    return _Replayed(removal, masks, plain, masked, difference(dense, masked))
+
+
+# -- replayed ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Replayed:
+    """The masked model as its recording says, in which nothing depends on values."""
+
+    removal: Removal
+    masks: Masks
+    tensors: Mapping[str, torch.Tensor]
+    outputs: list[torch.Tensor]
+    effect: float
+
+    def check(self, small: nn.Module) -> Check:
+        """Runs a shrunk model and compares what it returns."""
+        error = float("inf")
+        try:
+            with undisturbed(small):
+                error = difference(self.outputs, output_tensors(self.removal.analysis.program.inputs.copied().call(small)))
+        except GraphPruneError:
+            raise
+        except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes counts as different)
+            error = float("inf")
+        return Check(error, self.effect, tolerance_for(self.removal.analysis.program))
+
+    def where(self, small: nn.Module) -> str:
+        """Returns the first operator at which the two differ."""
+        try:
+            return first_difference(small, self.removal, self.masks, self.tensors, tolerance_for(self.removal.analysis.program))
+        except GraphPruneError as error:
+            return error.what
+
+
+# -- led ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Led:
+    """The masked model run in Python, whose decisions the shrunk model is led by."""
+
+    model: nn.Module
+    removal: Removal
+    run: Run
+    effect: float
+    tolerance: float
+
+    @staticmethod
+    def of(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> _Led:
+        masked_model = _masked_copy(model, removal, masks, tensors)
+        dense, _ = follow(model, removal, masked=False)
+        run, found = follow(masked_model, removal)
+
+        def first_without_values(*, of_masked: bool) -> str:
+            watch = _NotFinite()
+            record(masked_model if of_masked else model, removal.analysis.program.inputs, on_value=watch)
+            return watch.first
+
+        _require_values(output_tensors(dense.outputs), output_tensors(run.outputs), first_without_values)
+        return _Led(masked_model, found, run, _effect(dense, run), tolerance_for(removal.analysis.program))
+
+    def check(self, small: nn.Module) -> Check:
+        """Runs a shrunk model and compares what it decides by, and what it returns."""
+        leader = Leader(self.run.entries, self.tolerance)
+        try:
+            output = lead(small, self.removal.analysis.program.inputs, leader)
+        except DepartureError:
+            error = leader.error if leader.error > self.tolerance else float("inf")
+        except InputError:
+            error = float("inf")
+        else:
+            error = max(leader.error, difference(output_tensors(self.run.outputs), output_tensors(output)))
+        empty = not any(t.numel() for t in output_tensors(self.run.outputs))
+        return Check(error, self.effect, self.tolerance, leader.ties, empty)
+
+    def where(self, small: nn.Module) -> str:
+        """Returns the first operator at which the two differ."""
+        run, _ = follow(self.model, self.removal, everything=True)
+        leader = Leader(run.entries, self.tolerance, everything=True)
+        try:
+            lead(small, self.removal.analysis.program.inputs, leader)
+        except InputError as error:
+            entry = next(leader.entries, None)
+            return f"{entry.place}: {error.what}" if entry is not None else error.what
+        except GraphPruneError as error:
+            return error.what
+        return "no single operator: the programs agree node by node"
+
+
+def _masked_copy(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Returns a copy of the model in which the removed channels' slices are zero."""
+    aliases = removal.analysis.program.aliases
+    positions = masks.positions()
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        owner = aliases.get(name, name)
+        if positions.get(owner) and id(tensor) not in memo:
+            memo[id(tensor)] = like(tensor, masked_tensor(owner, removal, positions, {owner: tensor.detach()}).clone())
+    return copied(model, memo)
+
+
+def _effect(dense: Run, masked: Run) -> float:
+    """Returns how much the masks change: the outputs where they can be compared, else what goes into decisions that both take."""
+    outputs = difference(output_tensors(dense.outputs), output_tensors(masked.outputs))
+    if 0 < outputs < float("inf"):
+        return outputs
+    worst = 0.0
+    for a, b in zip(dense.entries, masked.entries, strict=False):
+        found = difference(a.inputs, b.inputs) if a.name == b.name else float("inf")
+        if found == float("inf"):
+            break
+        worst = max(worst, found)
+        if not _alike(a, b):
+            break
+    return worst
+
+
+def _alike(a: Entry, b: Entry) -> bool:
+    """Returns whether two runs decided alike."""
+    return difference([t for t in a.outputs if isinstance(t, torch.Tensor)], [t for t in b.outputs if isinstance(t, torch.Tensor)]) == 0.0
+
+
+# -- values that cannot be compared ------------------------------------------------------------------------------------------------
+
+
+class _NotFinite:
+    """Remembers the first operator that gives NaN though none went in."""
+
+    def __init__(self) -> None:
+        self.first = ""
+        self.seen: set[fx.Node] = set()
+
+    def __call__(self, node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            self.seen.add(node)
+            if not self.first and not any(n in self.seen for n in node.all_input_nodes):
+                schema = getattr(node.target, "_schema", None)
+                name = str(schema.name if schema is not None else node.target).removeprefix("aten::")
+                self.first = f", first at {name} in {node.meta.get('module') or 'the model itself'}"
+
+
+def _require_values(dense: list[torch.Tensor], masked: list[torch.Tensor], first: Any) -> None:
+    """Raises where outputs are NaN in a way that leaves nothing to compare.
+
+    NaN in the same places of both (a row of attention that is masked altogether) is no obstacle if finite values differ elsewhere.
+
+    Raises:
+        InputError: naming the model and the first operator that gives NaN.
+    """
+    for outputs, which in ((dense, "model"), (masked, "masked model")):
+        floats = [t for t in outputs if t.is_floating_point() and t.numel()]
+        other = masked if outputs is dense else dense
+        lost = any(bool(t.isnan().any()) for t in floats)
+        if any(not bool(t.isfinite().any()) for t in floats) or (lost and not _same_gaps(outputs, other)):
+            place = first(of_masked=outputs is masked)
+            what = f"the output of the {which} on the example inputs is not finite, so nothing can be verified{place}"
+            raise InputError(what, "Pass other inputs")
+
+
+def _same_gaps(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Returns whether two outputs are NaN in the same places, and differ in others."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=False) if x.is_floating_point() and x.numel()]
+    alike = all(x.shape == y.shape and torch.equal(x.isnan(), y.isnan()) for x, y in pairs)
+    return alike and any(not torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs)
