@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from tests.support import measure
+from graphprune.graph import Frozen
+from tests.support import measure, zoo_timm
 from tests.support.handmade import Graph, Group, Slice, residual, residual_graph
-from tests.support.measure import Bench, Settings, off_target, reachable_share
+from tests.support.measure import Bench, Settings
+from tests.support.zoo_arithmetic import in_double
+from tests.support.zoo_findings import beyond_reference, held_by, off_target, reachable_share
+from tests.support.zoo_sources import Blueprint, images
 
 BY_HALVES = {"stem": np.array([1, 1, 1, 0, 0, 0], dtype=bool), "inner": np.array([0, 1, 1, 0], dtype=bool)}
 
@@ -70,3 +78,111 @@ def test_one_failure_leaves_the_other_measurements_standing(monkeypatch: pytest.
     assert "permutation_error" not in record
     assert "effect" not in record
     json.dumps(record, allow_nan=False)
+
+
+def test_measurements_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out does not run and is no failure."""
+    monkeypatch.setattr(measure, "MEASUREMENTS", {"one": lambda _: {"a": 1}, "two": lambda _: {"b": 2}})
+    record = measure.measure(Settings("torchvision:resnet18"), leave_out=["one"])
+    assert "a" not in record
+    assert record["b"] == 2
+    assert record["failures"] == {}
+
+
+class Rounding(nn.Module):
+    """Casts to float32 on its way, as norms and rotations of transformers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns its input through a narrower type, its sum taken there."""
+        return x.float().to(x.dtype) + x.sum(dtype=torch.float32).to(x.dtype)
+
+
+def test_double_precision_leaves_nothing_rounded() -> None:
+    """Inside, casts and reductions that ask for float32 give float64; outside they round."""
+    x = torch.full((2,), 1 / 3, dtype=torch.float64)
+    assert float((Rounding()(x) - 1).abs().max()) > 1e-9
+    assert float((in_double(lambda: Rounding()(x)) - 1).abs().max()) < 1e-15
+
+
+def test_what_does_not_run_in_double_precision_runs_as_it_is() -> None:
+    """A table of a type of its own makes a matrix product fail inside; the result is then that of the plain run."""
+    table = torch.eye(2)
+    result = in_double(lambda: table @ torch.ones(2, 2, dtype=torch.float64).float())
+    assert torch.equal(result, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "throughout", "ran_in"), [("mixed", True, "float64"), ("narrow", False, "float32"), ("plain", False, "float64")]
+)
+def test_a_network_runs_in_float64_wherever_it_can(name: str, *, throughout: bool, ran_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that mixes types runs in double precision throughout, one whose kernels refuse float64 runs in float32 and says why."""
+
+    class Mixed(nn.Module):
+        """Multiplies with what it has cast."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns a product of its own type, of a cast type, or of one type only."""
+            if name == "narrow" and x.dtype == torch.float64:
+                message = "not for Double"
+                raise RuntimeError(message)
+            product: torch.Tensor = (x.float() if name == "mixed" else x) @ self.weight
+            return product
+
+    plan = Blueprint(Mixed, ((3,),), images)
+    monkeypatch.setattr("tests.support.networks.blueprint", lambda *_: plan)
+    bench = Bench(Settings("any:name"))
+    record = measure.build_network(bench)
+    assert (record["throughout"], record["ran_in"]) == (throughout, ran_in)
+    assert ("not for Double" in record["refused"]) == (name == "narrow")
+    assert bench.get("inputs").dtype == getattr(torch, ran_in)
+
+
+def test_what_holds_parameters_is_named_with_its_share() -> None:
+    """Of a layer of 4 x 3 whose rows are frozen for two reasons, each holds its rows; kernel positions say nothing beside them."""
+    model = nn.Conv1d(3, 4, 2, bias=False)
+    frozen = [
+        Frozen("weight", 0, np.arange(3), "meets mul_tensor_5, which cannot shrink", "aten::mul"),
+        Frozen("weight", 0, np.arange(3, 4), "reaches an output of the model", "output"),
+        Frozen("weight", 2, np.arange(2), "is a kernel position", "aten::conv1d"),
+    ]
+    reached = Graph((Group("inputs", 1, (Slice("weight", 1, np.array([[0]])),)),))
+    shares = held_by(model, SimpleNamespace(groups=reached.groups, frozen=frozen))
+    assert shares == [
+        ["meets mul_tensor, which cannot shrink (mul)", 0.5],
+        ["reaches an output of the model (output)", pytest.approx(4 / 24)],
+    ]
+
+
+def test_reference_knows_norm_modules_only() -> None:
+    """A statistic of a norm whose weight the group owns is known to the masked reference; a mean, or a norm without it, is not."""
+    slices = (Slice("norm.weight", 0, np.arange(4)[:, None]),)
+    whys = {"known": ("layer_norm in norm",), "mean": ("mean in norm",), "bare": ("layer_norm in other",), "exact": ()}
+    groups = [SimpleNamespace(name=name, why=why, slices=slices) for name, why in whys.items()]
+    assert beyond_reference(SimpleNamespace(groups=groups)) == {"mean", "bare"}
+
+
+def test_smallest_networks_of_timm_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each module the network with the fewest parameters is kept; one that cannot be built is said and left out."""
+    widths = {"one": {"wide": 9, "slim": 2}, "two": {"broken": 0, "only": 4}}
+
+    def create(name: str, *, pretrained: bool) -> nn.Module:
+        del pretrained
+        width = {key: value for sizes in widths.values() for key, value in sizes.items()}[name]
+        if not width:
+            message = "no such thing"
+            raise ValueError(message)
+        return nn.Linear(width, 1, bias=False)
+
+    fake = SimpleNamespace(
+        __version__="0", create_model=create, list_modules=lambda: list(widths), list_models=lambda module: list(widths[module])
+    )
+    monkeypatch.setattr(zoo_timm, "library", lambda: fake)
+    monkeypatch.setattr(zoo_timm, "SMALLEST", tmp_path / "smallest.json")
+    said: list[str] = []
+    zoo_timm.refresh(said.append)
+    assert zoo_timm.names() == ("slim", "only")
+    assert any("broken cannot be built: no such thing" in line for line in said)

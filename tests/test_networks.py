@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from tests.support.invariants import evaluate
-from tests.support.networks import build, build_randomised, call, randomise
+from tests.support.measure import lifeless
+from tests.support.networks import build, call, cast, load, load_randomised, randomise
 from tests.support.outputs import relative_error
 from tests.support.untouched import changes, snapshot
+from tests.support.zoo_sources import Blueprint, images
 
 
 def values(model: nn.Module) -> list[list[float]]:
@@ -27,6 +29,7 @@ class Layers(nn.Module):
         super().__init__()
         self.conv, self.batch = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
         self.group, self.layer = nn.GroupNorm(2, 8), nn.LayerNorm(8)
+        self.decay = nn.Parameter(torch.arange(1.0, 5.0).repeat(8, 1))
         self.scale, self.token = nn.Parameter(torch.full((8, 1, 1), 1e-6)), nn.Parameter(torch.zeros(1, 1, 8))
         self.head = nn.Linear(8, 4)
         nn.init.zeros_(self.head.weight)
@@ -48,6 +51,7 @@ def test_randomise_leaves_no_tensor_degenerate() -> None:
         if tensor.is_floating_point():
             assert tensor.std() > 1e-2, name
     assert model.scale.abs().min() >= 0.5
+    assert float(model.decay.detach().std(dim=0).min()) > 1e-2, "rows that are all the same look the same under any permutation"
     seen = model.conv(images).detach().transpose(0, 1).flatten(1)
     assert model.batch.running_mean is not None
     assert model.batch.running_var is not None
@@ -82,13 +86,13 @@ def test_randomise_is_reproducible_and_leaves_flags_and_random_state() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "googlenet"])
 def test_built_network_depends_on_its_input_within_range(name: str) -> None:
     """The output spread lies between 1e-3 and 1e3 and differs from image to image; the same seed builds the same network."""
-    model, make_inputs = build_randomised(f"torchvision:{name}")
-    (output,) = evaluate(model, make_inputs(2))
+    network = load_randomised(f"torchvision:{name}")
+    (output,) = evaluate(network.model, network.make_inputs(2))
     assert output.dtype == torch.float64
     assert 1e-3 < float(output.std()) < 1e3
     assert relative_error([output[:1]], [output[1:]]) > 1e-2
-    again, _ = build_randomised(f"torchvision:{name}")
-    assert torch.equal(output, evaluate(again, make_inputs(2))[0])
+    again = load_randomised(f"torchvision:{name}").model
+    assert torch.equal(output, evaluate(again, network.make_inputs(2))[0])
 
 
 def test_build_takes_size_and_dtype() -> None:
@@ -100,7 +104,60 @@ def test_build_takes_size_and_dtype() -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("name", ["resnet18", "torchvision:", "torchvision:no_such_network", "other:resnet18"])
+def test_the_smallest_size_that_a_network_accepts_is_taken() -> None:
+    """Sizes are tried in order, a refusal leads to the next, and the last is taken unseen; training inputs may differ."""
+    seen: list[int] = []
+
+    class Picky(nn.Module):
+        """Takes images of 24 pixels and more."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns its input."""
+            seen.append(x.shape[-1])
+            if x.shape[-1] < 24:
+                message = "too small"
+                raise ValueError(message)
+            return x
+
+    plan = Blueprint(Picky, tuple((3, size, size) for size in (8, 16, 24, 32)), images, lambda *_: "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.support.networks.blueprint", lambda *_: plan)
+        network = load("any:name", dtype=torch.float64)
+    assert seen == [8, 16, 24]
+    assert network.make_inputs(2).shape == (2, 3, 24, 24)
+    assert network.make_inputs(2).dtype == torch.float64
+    assert network.make_training_inputs(2) == "other"
+
+
+def test_cast_changes_nested_doubles_only() -> None:
+    """Lists, tuples and dicts keep their form, integers and narrower numbers their type."""
+    ids, mask = torch.arange(3), torch.ones(2, dtype=torch.float64)
+    (first, more), options = cast((([mask], mask), {"ids": ids, "scale": 2.0, "half": mask.half()}), torch.float32)
+    assert first[0].dtype == more.dtype == torch.float32
+    assert options["half"].dtype == torch.float16
+    assert options["ids"].dtype == torch.int64
+    assert options["scale"] == 2.0
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "transformers:swin", "transformers:mamba", "torchvision:ssdlite320_mobilenet_v3_large"])
+def test_outputs_of_every_source_are_alive(name: str) -> None:
+    """No output is empty, constant or without end, and it depends on the input: a detector has boxes to compare."""
+    network = load_randomised(name)
+    outputs, others = evaluate(network.model, network.make_inputs(2)), evaluate(network.model, network.make_inputs(3))
+    assert not any(map(lifeless, outputs))
+    assert relative_error(outputs[:1], [others[0][: len(outputs[0])]]) > 1e-2
+
+
+@pytest.mark.parametrize("output", [torch.ones(0, 4), torch.full((3,), torch.nan), torch.ones(2, 2)])
+def test_lifeless_outputs_are_known(output: torch.Tensor) -> None:
+    """Nothing, no number, and the same number everywhere say nothing."""
+    assert lifeless(output)
+    assert not lifeless(torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "torchvision:", "torchvision:no_such_network", "other:resnet18", "timm:none", "transformers:x"]
+)
 def test_build_rejects_unknown_names(name: str) -> None:
     """A name of another form, or of no network, is a ValueError."""
     with pytest.raises(ValueError, match=r"names look like|Unknown model"):

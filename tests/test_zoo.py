@@ -1,4 +1,4 @@
-"""The zoo keeps what it measured, ends what takes too long, and says what misses a threshold."""
+"""The zoo keeps what it measured, ends what takes too long, and says what misses a threshold or a requirement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zoo
 
-from tests.support.zoo_report import THRESHOLDS, faults, print_report
+from tests.support.zoo_report import print_report
+from tests.support.zoo_sources import SOURCES
+from tests.support.zoo_verdicts import THRESHOLDS, by_cause, faults, generalised, holds, requirements
 
 if TYPE_CHECKING:
     import argparse
@@ -21,6 +23,9 @@ GOOD: dict[str, Any] = {
     "dtype": "float64",
     "failures": {},
     "finished": True,
+    "reach": 0.99,
+    "kind": "module",
+    "lifeless_outputs": 0,
     "unknown": [],
     "off_target": [],
     "coverage_faults": 0,
@@ -34,6 +39,7 @@ GOOD: dict[str, Any] = {
     "onnx_error": 1e-6,
 }
 BAD = {
+    "lifeless_outputs": 1,
     "unknown": ["aten::hardswish_"],
     "off_target": ["conv1"],
     "coverage_faults": 1,
@@ -77,6 +83,95 @@ def test_float32_is_held_to_its_own_bound() -> None:
     """Errors of float32 size pass in float32, and fail in float64."""
     assert faults({**GOOD, "dtype": "float32", "error": 1e-6}) == []
     assert faults({**GOOD, "dtype": "float32", "error": 1e-2}) != []
+    assert faults({**GOOD, "ran_in": "float32", "permutation_error": 1e-6}) == []
+    assert faults({**GOOD, "ran_in": "float32", "permutation_error": 1e-3}) != []
+
+
+def test_engine_is_held_to_its_own_bound_only_where_it_computes_in_less() -> None:
+    """A network that casts to float32 is verified to the engine's bound; permutation and reference are not."""
+    assert faults({**GOOD, "tolerance": 1e-4, "error": 1e-6}) == []
+    assert faults({**GOOD, "tolerance": 1e-4, "error": 1e-3}) != []
+    assert faults({**GOOD, "tolerance": 1e-4, "reference_error": 1e-6}) != []
+    assert faults({**GOOD, "tolerance": 1e-4, "permutation_error": 1e-6}) != []
+
+
+def test_onnx_counts_where_the_original_exports() -> None:
+    """A refusal of both is no fault and leaves the share; a refusal of the shrunk network alone is one."""
+    without = {name: value for name, value in GOOD.items() if name != "onnx_error"}
+    both = {**without, "onnx_refused": "no", "dense_onnx_refused": "no"}
+    alone = {**without, "onnx_refused": "no", "failures": {"dense ONNX": "RuntimeError: the original exports"}}
+    assert faults(both) == []
+    assert [cause for cause, _ in faults(alone)] == ["dense ONNX failed"]
+    assert holds(alone, "verify")
+
+    def onnx(records: list[dict[str, Any]]) -> float | None:
+        return next(line.measured for line in requirements(records) if line.what.startswith("ONNX"))
+
+    assert onnx([GOOD, both]) == 1.0
+    assert onnx([GOOD, alone]) == 0.5
+
+
+def test_requirements_are_those_of_the_shares() -> None:
+    """Of a hundred networks of timm two may fail; of torchvision none, and the worst reach decides as well as the median."""
+    good = [{**GOOD, "name": f"timm:{number}"} for number in range(98)]
+    bad = [{**GOOD, "name": f"timm:x{number}", "error": 1.0} for number in range(3)]
+    assert all(line.met for line in requirements([*good, *bad[:2]]))
+    assert [line.what for line in requirements([*good, *bad]) if not line.met] == ["prune, verify and run"]
+    low = {**GOOD, "name": "torchvision:low", "reach": 0.79}
+    assert [line.what for line in requirements([GOOD, GOOD, low]) if not line.met] == ["prunable parameters, worst"]
+    assert [line.what for line in requirements([GOOD, low, {**low, "reach": 0.8}]) if not line.met] == [
+        "prunable parameters, median",
+        "prunable parameters, worst",
+    ]
+    graph = {**GOOD, "name": "transformers:bert", "kind": "graph"}
+    assert [(line.zoo, line.what) for line in requirements([graph]) if not line.met] == [
+        ("transformers", "own class"),
+        ("all", "own class"),
+    ]
+
+
+def test_a_network_that_was_not_built_meets_nothing() -> None:
+    """What was not measured does not hold, whatever the reason."""
+    record = {"name": "timm:x", "dtype": "float64", "failures": {"build": "KeyError: no"}, "finished": True}
+    assert not any(holds(record, share) for share in ("verify", "permute", "checks", "ONNX"))
+
+
+def test_equal_causes_are_one_row() -> None:
+    """Messages that differ in numbers, layers and shapes are counted together; other messages are not."""
+    texts = ["TraceError: [2, 3] at layer1.0.conv departs by 1.5e-3", "TraceError: [4, 5, 6] at blocks.7.mlp.fc1 departs by 2"]
+    assert generalised(texts[0]) == generalised(texts[1])
+    records = [{**GOOD, "name": f"timm:{n}", "failures": {"prune": text}} for n, text in enumerate([*texts, "KeyError: 'a'"])]
+    assert [(what, names) for what, _, names, _ in by_cause(records)] == [
+        ("prune failed", ["timm:0", "timm:1"]),
+        ("prune failed", ["timm:2"]),
+    ]
+
+
+def test_zoos_list_what_the_issue_names() -> None:
+    """No network is listed twice, none is quantized, and every module of timm is represented once."""
+    names = zoo.chosen(options())
+    assert len(set(names)) == len(names)
+    counts = {source: sum(name.startswith(f"{source}:") for name in names) for source in SOURCES}
+    assert counts["transformers"] == 25
+    assert counts["timm"] >= 98
+    assert counts["torchvision"] >= 109
+    assert not any("quantized" in name for name in names)
+
+
+def test_names_are_found_in_the_lists() -> None:
+    """A name without a zoo is looked for in all lists that were asked for; one with a zoo need not be listed."""
+    assert zoo.chosen(options("--only", "resnet50", "timm:resnet50")) == ["torchvision:resnet50", "timm:resnet50"]
+    assert zoo.chosen(options("--only", "inception_v3")) == ["torchvision:inception_v3", "timm:inception_v3"]
+    assert zoo.chosen(options("--only", "inception_v3", "--zoo", "timm")) == ["timm:inception_v3"]
+    with pytest.raises(ValueError, match="no list holds a network called 'no_such'"):
+        zoo.chosen(options("--only", "no_such"))
+
+
+def test_list_prints_names_and_measures_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The option gives one name per line and writes no results."""
+    assert zoo.main(options("--list", "--zoo", "transformers", "--out", str(tmp_path / "zoo.json"))) == 0
+    assert capsys.readouterr().out.splitlines() == zoo.chosen(options("--zoo", "transformers"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_time_limit_ends_the_whole_process_group() -> None:
@@ -156,8 +251,20 @@ def test_options_out_of_range_are_refused(arguments: list[str]) -> None:
 def test_report_shows_partial_records(capsys: pytest.CaptureFixture[str]) -> None:
     """A record of a process that ended at once is printed like any other, with its cause."""
     partial = {"name": "torchvision:vgg19", "dtype": "float64", "failures": {"start": "[Errno 12] no memory"}, "finished": False}
-    print_report([GOOD, partial])
+    assert not print_report([GOOD, partial])
     shown = capsys.readouterr().out
     assert "vgg19" in shown
     assert "[Errno 12] no memory" in shown
     assert "1 of 2 networks meet every threshold" in shown
+
+
+def test_report_names_what_is_held_back_and_what_became_a_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks below the least reach are named with their reasons, graphs with theirs; the requirements are the last table."""
+    low = {**GOOD, "name": "timm:low", "reach": 0.5, "held_by": [["reaches an output of the model (output)", 0.4]]}
+    graph = {**GOOD, "name": "timm:graph", "kind": "graph", "reason": "the forward has its own widths"}
+    print_report([GOOD, low, graph])
+    shown = capsys.readouterr().out
+    assert "40.0% reaches an output of the model (output)" in shown
+    assert "the forward has its own widths" in shown
+    assert shown.index("What is required") > shown.index("What became a GraphModule")
+    assert "missed" in shown

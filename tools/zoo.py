@@ -1,13 +1,17 @@
-"""Measures tracing, pruning, training and export on a zoo of networks, one process per network.
+"""Measures tracing, pruning, training and export on zoos of networks, one process per network.
 
-    python tools/zoo.py                                   # all networks; finished ones are skipped when run again
-    python tools/zoo.py --only resnet50 vit_b_16 --no-resume
-    python tools/zoo.py --full-size --limit 600 --out full.json
+    python tools/zoo.py                                   # all three zoos; finished networks are skipped when run again
+    python tools/zoo.py --zoo transformers timm --jobs 2
+    python tools/zoo.py --only resnet50 timm:vgg11 --no-resume
+    python tools/zoo.py --list --zoo timm                 # names only
+    python tools/zoo.py --refresh-timm                    # find the smallest network of every module of timm anew (minutes)
 
-Each network gets random weights with non-trivial statistics, loses half of every group's channels by L1, and is compared with the masked
-network. The results file holds one JSON object per line and is replaced as a whole after each network.
+torchvision: every registered network but the quantized ones. timm: the smallest of every module that registers networks. transformers:
+small configurations of twenty-five architectures. Each network gets random weights with non-trivial statistics, loses half of every
+group's channels by L1, and is compared with the masked network. The results file holds one JSON object per line and is replaced as a
+whole after each network.
 
-Exit code: 0; 1 where any network misses a threshold or could not be measured; 2 where the zoo could not be run.
+Exit code: 0; 1 where the networks miss what is required of them, see the last table; 2 where the zoo could not be run.
 """
 
 # ruff: noqa: PLC0415 - before the environment is entered there is nothing but the standard library
@@ -30,16 +34,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NoReturn
 
-from _environment import ROOT, enter
+from _environment import INTERRUPTED, ROOT, enter
 
 sys.path.insert(0, str(ROOT))
 
-NETWORKS = (
-    *("alexnet", "vgg11_bn", "vgg19", "resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "densenet121"),
-    *("densenet201", "squeezenet1_1", "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
-    *("mnasnet1_0", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf", "shufflenet_v2_x1_0"),
-    *("convnext_tiny", "vit_b_16", "swin_t", "maxvit_t"),
-)
+ZOOS = ("torchvision", "timm", "transformers")
 FULL_SIZE, FULL_SIZES = 224, {"torchvision:inception_v3": 299}
 # What makes two results comparable; a result for other settings does not count as finished.
 SETTINGS = ("dtype", "sparsity", "size", "batch", "threads", "seed")
@@ -48,9 +47,12 @@ Record = dict[str, Any]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Returns the options; `names` are full, "torchvision:resnet50"."""
+    """Returns the options."""
     parser = argparse.ArgumentParser(prog="zoo.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--zoo", nargs="+", choices=ZOOS, default=list(ZOOS), help="which zoos (default all)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these networks, as resnet50 or torchvision:resnet50")
+    parser.add_argument("--list", action="store_true", help="print the names of the networks, and measure nothing")
+    parser.add_argument("--refresh-timm", action="store_true", help="find the smallest networks of timm anew, and measure nothing")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time (default 1, as times are measured)")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds per network (default 120)")
     parser.add_argument("--out", type=Path, default=Path("zoo.json"), help="results file, JSON lines (default zoo.json)")
@@ -58,8 +60,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="with --resume, measure again those that missed a threshold")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of every group's channels to remove (default 0.5)")
-    parser.add_argument("--full-size", action="store_true", help="images of 224 pixels (299 for inception_v3) instead of smaller ones")
-    parser.add_argument("--batch", type=int, default=2, help="images per batch (default 2)")
+    parser.add_argument("--full-size", action="store_true", help="torchvision: images of 224 pixels (299 for inception_v3)")
+    parser.add_argument("--batch", type=int, default=2, help="examples per batch (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads per network (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, statistics and permutations")
     parser.add_argument("--worker", metavar="NAME", help="measure one network in this process and print one line of JSON")
@@ -68,19 +70,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for option, allowed in (("jobs", options.jobs >= 1), ("limit", options.limit > 0), ("sparsity", 0 <= options.sparsity < 1)):
         if not allowed:
             parser.error(f"--{option} {getattr(options, option)} is out of range")
-    options.names = list(dict.fromkeys(full_name(name) for name in options.only or NETWORKS))
     return options
 
 
-def full_name(name: str) -> str:
-    """Returns a network's name with its source; torchvision where none is given."""
-    return name if ":" in name else f"torchvision:{name}"
+def chosen(options: argparse.Namespace) -> list[str]:
+    """Returns the full names, "torchvision:resnet50", of the networks to measure.
+
+    Raises:
+        ValueError: a name without a zoo is in none of the lists.
+    """
+    from tests.support.zoo_sources import names
+
+    if not options.only:
+        return [name for zoo in options.zoo for name in names(zoo)]
+    found: dict[str, None] = {}
+    for name in options.only:
+        known = [name] if ":" in name else [full for zoo in options.zoo for full in names(zoo) if full == f"{zoo}:{name}"]
+        if not known:
+            message = f"no list holds a network called {name!r}; name its zoo as well, as in timm:{name}, or see --list"
+            raise ValueError(message)
+        found.update(dict.fromkeys(known))
+    return list(found)
 
 
 def settings_of(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Returns the fields of `tests.support.measure.Settings` for one network."""
     fields = {key: getattr(options, key) for key in SETTINGS if key != "size"}
-    return {**fields, "name": name, "size": FULL_SIZES.get(name, FULL_SIZE) if options.full_size else None}
+    full = options.full_size and name.startswith("torchvision:")
+    return {**fields, "name": name, "size": FULL_SIZES.get(name, FULL_SIZE) if full else None}
 
 
 def work(options: argparse.Namespace) -> int:
@@ -93,7 +110,7 @@ def work(options: argparse.Namespace) -> int:
         if options.partial:
             replace_text(options.partial, json.dumps(record))
 
-    record = measure(Settings(**settings_of(options, full_name(options.worker))), keep)
+    record = measure(Settings(**settings_of(options, options.worker)), keep)
     with stdout:
         stdout.write(json.dumps(record, allow_nan=False) + "\n")
     return 0
@@ -218,26 +235,39 @@ def source_digest() -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measures what is not finished, prints the tables, and returns the exit code."""
-    from tests.support.zoo_report import console, faults, print_report
+    """Does what the options say, and returns the exit code."""
+    from tests.support.zoo_report import console, print_report
 
     try:
+        names = chosen(options)
+        if options.list:
+            print("\n".join(names))
+            return 0
         records = load(options.out)
         replace_text(options.out, "".join(json.dumps(record) + "\n" for record in records.values()))
     except (OSError, ValueError) as error:
         console().print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 2
+    if not measure_all(options, names, records):
+        return INTERRUPTED
+    return 0 if print_report([records[name] for name in names]) else 1
+
+
+def measure_all(options: argparse.Namespace, names: list[str], records: dict[str, Record]) -> bool:
+    """Measures the networks that are not finished, and adds their records; returns False where Ctrl-C ended it."""
+    from tests.support.zoo_report import console
+    from tests.support.zoo_verdicts import faults
 
     def is_done(name: str) -> bool:
         record = records.get(name, {})
         same = all(record.get(key) == value for key, value in settings_of(options, name).items())
         return bool(options.resume and same and record.get("finished") and not (options.retry and faults(record)))
 
-    todo = [name for name in options.names if not is_done(name)]
+    todo = [name for name in names if not is_done(name)]
     screen = console()
-    screen.print(f"{len(options.names)} networks, {len(options.names) - len(todo)} finished before, results in {options.out}")
+    screen.print(f"{len(names)} networks, {len(names) - len(todo)} finished before, results in {options.out}")
     source = source_digest()
-    older = [name for name in options.names if name not in todo and records[name].get("source") != source]
+    older = [name for name in names if name not in todo and records[name].get("source") != source]
     if older:
         screen.print(f"{len(older)} of them were measured on another state of graphprune; --no-resume measures all again", style="yellow")
     runner = Runner(options)
@@ -252,18 +282,24 @@ def main(options: argparse.Namespace) -> int:
             screen.print(f"[{number}/{len(todo)}] {jobs[job]} {record['wall_seconds']:.1f} s, {verdict}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         screen.print("interrupted; run again to go on", style="yellow")
-        return 130
+        return False
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         runner.stop()
         signal.signal(signal.SIGTERM, previous)
-    shown = [records[name] for name in options.names]
-    print_report(shown)
-    return 1 if any(faults(record) for record in shown) else 0
+    return True
+
+
+def refresh_timm() -> int:
+    """Rewrites the list of timm's smallest networks."""
+    from tests.support.zoo_timm import refresh
+
+    refresh(lambda line: print(line, flush=True))
+    return 0
 
 
 if __name__ == "__main__":
-    if not all(importlib.util.find_spec(name) for name in ("torch", "torchvision", "rich")):
+    if not all(importlib.util.find_spec(name) for name in ("torch", "torchvision", "timm", "transformers", "rich")):
         enter("dev")
     parsed = parse()
-    sys.exit(work(parsed) if parsed.worker else main(parsed))
+    sys.exit(work(parsed) if parsed.worker else refresh_timm() if parsed.refresh_timm else main(parsed))

@@ -10,12 +10,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 import graphprune as gp
 from tests.support.invariants import (
@@ -23,19 +24,17 @@ from tests.support.invariants import (
     evaluate,
     masked_outputs,
     permutation_error,
-    removed_positions,
     train_step,
 )
-from tests.support.networks import build_randomised
+from tests.support.networks import Network, cast, load_randomised
 from tests.support.outputs import relative_error, shapes
+from tests.support.zoo_arithmetic import DoublePrecision, in_double
+from tests.support.zoo_findings import beyond_reference, held_by, off_target, reachable_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
-    from numpy.typing import NDArray
     from torch import nn
-
-    from tests.support.protocols import GraphLike, Keep
 
 try:
     import resource
@@ -43,6 +42,8 @@ except ImportError:  # Windows: no peak memory there
     resource = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
+_Result = TypeVar("_Result")
+_MOST: Final = 1e6  # stands for an infinite relative difference
 
 
 class NotReachedError(Exception):
@@ -54,7 +55,7 @@ class Settings:
     """What to measure, and how.
 
     Attributes:
-        name: as `networks.build` takes it.
+        name: as `networks.load` takes it.
         dtype: name of a torch type, "float64" or "float32".
         sparsity: share of every group's channels to remove.
         size: height and width of the images in pixels; None for the network's own.
@@ -78,6 +79,11 @@ class Bench:
 
     settings: Settings
     pieces: dict[str, Any] = field(default_factory=dict)
+    throughout: bool = False
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Returns the context to measure in: double precision throughout for a network that does not run in float64 otherwise."""
+        return DoublePrecision() if self.throughout else nullcontext()
 
     def get(self, piece: str) -> Any:
         """Returns a piece that an earlier measurement left."""
@@ -86,42 +92,77 @@ class Bench:
             raise NotReachedError(message)
         return self.pieces[piece]
 
+    def precisely(self, function: Callable[[], _Result]) -> _Result:
+        """Returns what the function gives, in double precision throughout where the network runs in float64."""
+        return in_double(function) if self.get("exact") else function()
+
 
 def build_network(bench: Bench) -> Record:
-    """Builds and randomises the network."""
+    """Builds and randomises the network, in the type that was asked for, or in float32 where it does not run in that."""
     settings = bench.settings
-    model, make_inputs = build_randomised(settings.name, settings.seed, size=settings.size, dtype=getattr(torch, settings.dtype))
-    inputs = make_inputs(settings.batch)
-    output = evaluate(model, inputs)
-    bench.pieces.update(model=model, inputs=inputs, output=output)
-    return {"input_shape": list(inputs.shape), "output_std": float(output[0].std())}
+    network, output, refused = _built(bench)
+    inputs = network.make_inputs(settings.batch)
+    bench.pieces.update(model=network.model, inputs=inputs, training_inputs=network.make_training_inputs(settings.batch))
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    spreads = [float(tensor.std(correction=0)) for tensor in output if tensor.is_floating_point() and tensor.numel()]
+    bench.pieces["exact"] = not refused and settings.dtype == "float64"
+    return {
+        "input_shape": list(tensors[0].shape),
+        "inputs": len(tensors),
+        "outputs": len(output),
+        "lifeless_outputs": sum(map(lifeless, output)),
+        "output_std": max(spreads, default=0.0),
+        "ran_in": "float32" if refused else settings.dtype,
+        "throughout": bench.throughout,
+        "refused": refused,
+    }
+
+
+def _built(bench: Bench) -> tuple[Network, list[torch.Tensor], str]:
+    """Returns the network, its outputs, and what it complained of in float64 if it runs in float32 only."""
+    settings = bench.settings
+
+    def attempt(dtype: torch.dtype) -> tuple[Network, list[torch.Tensor]]:
+        network = load_randomised(settings.name, settings.seed, size=settings.size, dtype=dtype, context=bench.arithmetic())
+        with bench.arithmetic():
+            return network, evaluate(network.model, network.make_inputs(settings.batch))
+
+    dtype = getattr(torch, settings.dtype)
+    try:
+        return *attempt(dtype), ""
+    except RuntimeError as error:
+        refused = error
+    if dtype == torch.float64:
+        bench.throughout = True  # where it mixes types, its own casts are at fault
+        with suppress(RuntimeError):
+            return *attempt(dtype), ""
+        bench.throughout = False
+    with suppress(Exception):
+        return *attempt(torch.float32), last_line(refused)
+    raise refused  # it is not the type, then
+
+
+def lifeless(output: torch.Tensor) -> bool:
+    """Returns whether an output says nothing when it is compared: empty, not finite, or the same everywhere."""
+    if not output.numel():
+        return True
+    if not output.is_floating_point():
+        return False
+    return not bool(output.isfinite().all()) or (output.numel() > 1 and float(output.std()) == 0.0)
 
 
 def trace_network(bench: Bench) -> Record:
     """Finds the groups, and counts what they cover."""
-    graph = bench.pieces["graph"] = gp.trace(bench.get("model"), bench.get("inputs"))
+    model = bench.get("model")
+    graph = bench.pieces["graph"] = gp.trace(model, bench.get("inputs"))
     return {
         "groups": len(graph.groups),
         "channels": sum(group.channels for group in graph.groups),
         "verdicts": dict(Counter(group.verdict for group in graph.groups)),
-        "reach": reachable_share(bench.get("model"), graph),
+        "reach": reachable_share(model, graph),
+        "held_by": held_by(model, graph),
         "unknown": sorted({item.operator for item in graph.unknown}),
     }
-
-
-def reachable_share(model: nn.Module, graph: GraphLike) -> float:
-    """Returns the share of the parameter elements that lie in a slice of some group, tied parameters counted once."""
-    free: dict[int, list[NDArray[np.bool_]]] = {}
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    for tensor in tensors.values():
-        free[id(tensor)] = [np.ones(size, dtype=bool) for size in tensor.shape]
-    for group in graph.groups:
-        for piece in group.slices:
-            if piece.parameter in tensors:
-                free[id(tensors[piece.parameter])][piece.dim][piece.index.ravel()] = False
-    total = sum(tensor.numel() for tensor in model.parameters())
-    stays = sum(math.prod(int(flags.sum()) for flags in free[id(tensor)]) for tensor in model.parameters())
-    return 1.0 - stays / total if total else 0.0
 
 
 def check_coverage(bench: Bench) -> Record:
@@ -131,20 +172,30 @@ def check_coverage(bench: Bench) -> Record:
 
 def check_permutation(bench: Bench) -> Record:
     """Permutes the channels of every group."""
-    error, control = permutation_error(bench.get("model"), bench.get("graph"), bench.get("inputs"), bench.settings.seed)
-    return {"permutation_error": error, "control": control}
+    model, graph, inputs, seed = bench.get("model"), bench.get("graph"), bench.get("inputs"), bench.settings.seed
+    error, control = bench.precisely(lambda: permutation_error(model, graph, inputs, seed))
+    return {"permutation_error": error, "control": _capped(control)}
+
+
+def _capped(difference: float) -> float:
+    """Returns a difference that JSON can hold: another number of boxes is as different as outputs can be."""
+    return min(difference, _MOST)
 
 
 def prune_network(bench: Bench) -> Record:
     """Prunes, verified; where verification fails, the error is raised after pruning again without it for the measurements to come."""
-    model, inputs, sparsity = bench.get("model"), bench.get("inputs"), bench.settings.sparsity
+    model, graph = bench.get("model"), bench.get("graph")
+    config = [{"sparsity": bench.settings.sparsity, "op_types": ["default"]}]
+    pruner = gp.L1NormPruner(model, config, graph=graph)
+    masks = bench.pieces["masks"] = pruner.masks()
+    off = {"off_target": off_target(graph, masks, bench.settings.sparsity)}
     try:
-        small, report = gp.prune(model, inputs, sparsity=sparsity)
+        small, report = gp.speedup(model, masks, plan=pruner.plan)
     except Exception:
-        bench.pieces["small"], bench.pieces["report"] = gp.prune(model, inputs, sparsity=sparsity, verify=False)
+        bench.pieces["small"], bench.pieces["report"] = gp.speedup(model, masks, verify=False)
         raise
     bench.pieces.update(small=small, report=report)
-    return {"error": report.error, "effect": report.effect}
+    return {**off, "error": report.error, "tolerance": report.tolerance, "effect": _capped(report.effect)}
 
 
 def read_report(bench: Bench) -> Record:
@@ -153,65 +204,66 @@ def read_report(bench: Bench) -> Record:
     return {
         "kind": report.kind,
         "reason": report.reason,
-        "params_before": report.before.params,
-        "params_after": report.after.params,
-        "macs_before": report.before.macs,
-        "macs_after": report.after.macs,
-        "seconds": dict(report.seconds),
+        "params_before": report.before.params if report.before else None,
+        "params_after": report.after.params if report.after else None,
+        "macs_before": report.before.macs if report.before else None,
+        "macs_after": report.after.macs if report.after else None,
+        "seconds": {**bench.get("graph").seconds, **report.seconds},
     }
-
-
-def check_shape(bench: Bench) -> Record:
-    """Compares the output shapes before and after."""
-    return {"shape_kept": shapes(evaluate(bench.get("small"), bench.get("inputs"))) == shapes(bench.get("output"))}
 
 
 def check_reference(bench: Bench) -> Record:
-    """Compares the shrunk network with the masked one, by an oracle that is independent of the engine's own verification."""
-    model, inputs = bench.get("model"), bench.get("inputs")
-    config = [{"sparsity": bench.settings.sparsity, "op_types": ["default"]}]
-    _, masks = gp.L1NormPruner(model, config, example_inputs=inputs).compress()
-    expected = masked_outputs(model, bench.get("graph"), masks, inputs)
+    """Compares the shrunk network with the masked one, by an oracle that is independent of the engine's own verification.
+
+    Groups that the oracle knows nothing of (see `beyond_reference`) stay whole in both.
+    """
+    model, graph, inputs, masks, small = (bench.get(piece) for piece in ("model", "graph", "inputs", "masks", "small"))
+    beyond = beyond_reference(graph)
+    if beyond:
+        masks = gp.Masks(graph, {name: masks[name] for name in masks if name not in beyond})
+        small, _ = gp.speedup(model, masks, verify=False)
+    expected, actual = bench.precisely(lambda: (masked_outputs(model, graph, masks, inputs), evaluate(small, inputs)))
     return {
-        "off_target": off_target(bench.get("graph"), masks, bench.settings.sparsity),
-        "reference_error": relative_error(expected, evaluate(bench.get("small"), inputs)),
+        "reference_groups": len(graph.groups) - len(beyond),
+        "shape_kept": shapes(expected) == shapes(actual),
+        "reference_error": relative_error(expected, actual),
     }
 
 
-def off_target(graph: GraphLike, masks: Keep, sparsity: float) -> list[str]:
-    """Returns the names of the groups that keep other than (1 - sparsity) of their channels, rounded down, and at least 1.
-
-    Where two groups own positions jointly (heads, and widths within a head), removing along one of them is enough: such a group is off
-    target when more than (1 - sparsity) of its positions in its first slice stay.
-    """
-    removed = removed_positions(graph, masks)
-    owners = Counter((piece.parameter, piece.dim, int(at)) for g in graph.groups for piece in g.slices for at in np.unique(piece.index))
-    off = []
-    for group in graph.groups:
-        first = group.slices[0]
-        owned = np.unique(first.index)
-        if any(owners[first.parameter, first.dim, int(at)] > 1 for at in owned):
-            stays = 1.0 - np.isin(owned, removed[first.parameter, first.dim]).mean()
-            hit = stays <= 1.0 - sparsity + 1e-9
-        else:
-            kept = int(np.asarray(masks[group.name]).sum())
-            hit = kept == max(1, math.floor((1.0 - sparsity) * group.channels + 1e-9))
-        off += [] if hit else [group.name]
-    return off
-
-
 def check_training(bench: Bench) -> Record:
-    """Runs forward and backward of the shrunk network in train mode."""
-    missing = train_step(bench.get("small"), bench.get("inputs"))
-    return {"train_ok": True, "without_gradient": len(missing)}
+    """Runs forward and backward of the shrunk network in train mode; a GraphModule takes what it was recorded with."""
+    small = bench.get("small")
+    inputs = bench.get("inputs" if bench.get("report").kind == "graph" else "training_inputs")
+    return {"train_ok": True, "without_gradient": len(train_step(small, inputs))}
 
 
 def check_onnx(bench: Bench) -> Record:
     """Writes the shrunk network as float32 ONNX, and compares ONNX Runtime with it."""
-    small = copy.deepcopy(bench.get("small")).float()
+    try:
+        return {"onnx_error": _onnx_error(copy.deepcopy(bench.get("small")), bench.get("inputs"))}
+    except NotReachedError:
+        raise
+    except Exception as error:  # noqa: BLE001 (what the exporters raise; whether it counts, the next measurement says)
+        bench.pieces["no_onnx"] = last_line(error)
+        return {"onnx_refused": last_line(error)}
+
+
+def check_dense_onnx(bench: Bench) -> Record:
+    """Where the shrunk network has no ONNX file, tries the original, which is not needed afterwards: only if it has one is it a fault."""
+    if "no_onnx" not in bench.pieces:
+        return {}
+    try:
+        _onnx_error(bench.get("model"), bench.get("inputs"))
+    except Exception as error:  # noqa: BLE001
+        return {"dense_onnx_refused": last_line(error)}
+    raise RuntimeError(f"the original exports, the shrunk network does not: {bench.get('no_onnx')}")
+
+
+def _onnx_error(model: nn.Module, inputs: object) -> float | None:
+    """Returns how far ONNX Runtime is from the model, which is turned into float32."""
     with tempfile.TemporaryDirectory() as folder:
-        report = gp.export_onnx(small, bench.get("inputs").float(), Path(folder) / "small.onnx")
-    return {"onnx_error": report.error}
+        error: float | None = gp.export_onnx(model.float(), cast(inputs, torch.float32), Path(folder) / "model.onnx").error
+    return error
 
 
 MEASUREMENTS: Final[dict[str, Callable[[Bench], Record]]] = {
@@ -221,40 +273,45 @@ MEASUREMENTS: Final[dict[str, Callable[[Bench], Record]]] = {
     "permutation": check_permutation,
     "prune": prune_network,
     "report": read_report,
-    "shape": check_shape,
     "reference": check_reference,
     "train": check_training,
-    "onnx": check_onnx,
+    "ONNX": check_onnx,
+    "dense ONNX": check_dense_onnx,
 }
+_IN_FLOAT32: Final = ("ONNX", "dense ONNX")
 
 
-def measure(settings: Settings, on_progress: Callable[[Record], None] = lambda _: None) -> Record:
+def measure(settings: Settings, on_progress: Callable[[Record], None] = lambda _: None, leave_out: Collection[str] = ()) -> Record:
     """Runs every measurement on one network.
 
     Args:
         settings: the network, and how to measure it.
         on_progress: called with the record so far, before each measurement; "stage" then names the one that begins.
+        leave_out: measurements that do not run.
 
     Returns:
-        JSON-ready: the settings, what was measured, "failures" (measurement -> last line of its exception), "stage_seconds", peak
-        resident memory in MiB, and "finished".
+        JSON-ready: the settings, what was measured, "failures" (measurement -> last line of its exception), "stage_seconds", processor
+        time and peak resident memory (MiB) of this process so far, and "finished".
     """
     torch.set_num_threads(settings.threads)
     record: Record = {**dataclasses.asdict(settings), "failures": {}, "stage_seconds": {}, "finished": False}
     bench = Bench(settings)
     for stage, measurement in MEASUREMENTS.items():
+        if stage in leave_out:
+            continue
         record["stage"] = stage
         on_progress(record)
         start = time.perf_counter()
         try:
-            record.update(_finite(measurement(bench), stage, record["failures"]))
+            with nullcontext() if stage in _IN_FLOAT32 else bench.arithmetic():
+                record.update(_finite(measurement(bench), stage, record["failures"]))
         except NotReachedError:
             pass  # the failure behind it is on record
         except Exception as error:  # noqa: BLE001 (whatever one measurement raises, the others still run)
             record["failures"][stage] = last_line(error)
             traceback.print_exc(file=sys.stderr)
         record["stage_seconds"][stage] = time.perf_counter() - start
-        record["peak_rss_mib"] = peak_rss_mib()
+        record.update(peak_rss_mib=peak_rss_mib(), cpu_seconds=time.process_time())
     record.update(stage="", finished=True)
     return record
 

@@ -8,70 +8,108 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from tests.support.torchvision_shim import import_torchvision
-
-# Everything else that build() knows is purely convolutional with adaptive pooling and runs at 96 pixels: the last map is then at least
-# 2 x 2, so that space and channels cannot be mixed up, and BatchNorm has more than one value per channel in train mode.
-SMALL_SIZE: Final = 96
-FULL_SIZE: Final = 224
-SIZES: Final = {
-    "inception_v3": 299,  # the auxiliary classifier needs a 17 x 17 map in train mode
-    "vit_b_16": 224,  # one position embedding per patch
-    "swin_t": 224,  # windows of 7 that need no padding
-    "maxvit_t": 224,  # partitions of 7, fixed when built
-}
-ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
-    "googlenet": {"init_weights": False},  # the default draws from scipy, slowly
-    "inception_v3": {"init_weights": False},
-}
+from tests.support.zoo_sources import Blueprint, Shape, blueprint
 
 _NORMS: Final = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # noqa: SLF001 (the only common base)
 _FLAT: Final = 1e-3  # entries that spread less than this are as good as equal
 
-MakeInputs = Callable[[int], torch.Tensor]
+MakeInputs = Callable[[int], Any]
 
 
-def build(name: str, *, size: int | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, MakeInputs]:
+@dataclass(frozen=True)
+class Network:
+    """A network and what it is fed.
+
+    Attributes:
+        model: the network, in eval mode.
+        make_inputs: batch size -> inputs of that many examples (always the same ones), in any form that `call` takes.
+        make_training_inputs: the same for train mode.
+    """
+
+    model: nn.Module
+    make_inputs: MakeInputs
+    make_training_inputs: MakeInputs
+
+
+def load(name: str, *, size: int | None = None, dtype: torch.dtype = torch.float32) -> Network:
     """Builds a network by name, in eval mode, with its default random weights.
 
     Args:
-        name: "torchvision:" and the name of a classification model.
-        size: height and width of its input images in pixels; None takes the smallest suitable one (see `SIZES`).
+        name: source and name, as in "torchvision:resnet50".
+        size: height and width of its input images in pixels; None takes the smallest suitable one.
         dtype: of parameters, buffers and inputs.
 
-    Returns:
-        The network, and a function from a batch size to input images of that number (always the same ones).
-
     Raises:
-        ValueError: the name is not of that form, or torchvision has no such model.
+        ValueError: the name is not of that form, or the source has no such network.
     """
-    source, _, model_name = name.partition(":")
-    if source != "torchvision" or not model_name:
-        message = f"no network is called {name!r}; names look like 'torchvision:resnet50'"
-        raise ValueError(message)
-    model: nn.Module = import_torchvision().models.get_model(model_name, weights=None, **ARGUMENTS.get(model_name, {}))
-    pixels = size or SIZES.get(model_name, SMALL_SIZE)
+    plan = blueprint(name, size)
+    model = plan.make().eval()
+    shape = _accepted(model, plan)
 
-    def make_inputs(batch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(batch)
-        return torch.randn(batch, 3, pixels, pixels, generator=generator, dtype=torch.float64).to(dtype)
+    def make_inputs(batch: int) -> Any:
+        return cast(plan.draw(batch, shape, torch.Generator().manual_seed(batch)), dtype)
 
-    return model.to(dtype).eval(), make_inputs
+    def make_training_inputs(batch: int) -> Any:
+        draw = plan.draw_training or plan.draw
+        return cast(draw(batch, shape, torch.Generator().manual_seed(batch)), dtype)
+
+    return Network(model.to(dtype), make_inputs, make_training_inputs)
 
 
-def build_randomised(
-    name: str, seed: int = 0, *, size: int | None = None, dtype: torch.dtype = torch.float64
-) -> tuple[nn.Module, MakeInputs]:
-    """Builds a network as `build` does, with all weights reproducible from `seed`, randomised and calibrated on four inputs."""
+@torch.no_grad()
+def _accepted(model: nn.Module, plan: Blueprint) -> Shape:
+    """Returns the first shape of an example that a freshly built network runs on; nobody tries the last."""
+    for shape in plan.shapes[:-1]:
+        try:
+            call(model, cast(plan.draw(1, shape, torch.Generator()), torch.float32))
+        except Exception:  # noqa: BLE001, S112 (networks refuse a size in many ways)
+            continue
+        return shape
+    return plan.shapes[-1]
+
+
+def load_randomised(
+    name: str,
+    seed: int = 0,
+    *,
+    size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    context: AbstractContextManager[object] | None = None,
+) -> Network:
+    """Builds a network as `load` does, with all weights reproducible from `seed`, randomised and calibrated on four examples.
+
+    Args:
+        name: as for `load`.
+        seed: of all weights and statistics.
+        size: as for `load`.
+        dtype: as for `load`.
+        context: to calibrate in, see `zoo_arithmetic`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, make_inputs = build(name, size=size, dtype=dtype)
-    return randomise(model, seed, make_inputs(4)), make_inputs
+        network = load(name, size=size, dtype=dtype)
+        with context or nullcontext():
+            randomise(network.model, seed, network.make_inputs(4))
+    return network
+
+
+def build(name: str, *, size: int | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, MakeInputs]:
+    """Returns model and `make_inputs` of the network that `load` builds."""
+    network = load(name, size=size, dtype=dtype)
+    return network.model, network.make_inputs
+
+
+def cast(inputs: object, dtype: torch.dtype) -> Any:
+    """Returns inputs with their float64 tensors, however nested, in another type; what has a type of its own keeps it."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float64 else tensor, inputs)
 
 
 def call(model: nn.Module, inputs: object) -> object:
@@ -89,10 +127,11 @@ def call(model: nn.Module, inputs: object) -> object:
 def randomise(model: nn.Module, seed: int, inputs: object = None) -> nn.Module:
     """Gives every parameter and every normalisation statistic non-degenerate random values, in place.
 
-    Weights keep their default initialisation where it is random. Affine parameters of norms, biases and tensors whose entries are all
-    (nearly) equal are drawn anew. Running statistics are those of the activations on `inputs`, off by a random factor of 0.7 to 1.3 and
-    a random shift of 0.1 standard deviations, so that deep networks neither explode nor vanish; layers that `inputs` do not reach, or
-    all where there are none, get statistics near mean 0 and variance 1.
+    Weights keep their default initialisation where it is random. Affine parameters of norms (also where they are buffers), biases and
+    tensors whose entries are all (nearly) equal are drawn anew; those that are equal along one dimension are perturbed.
+    Running statistics are those of the activations on `inputs`, off by a random factor of 0.7 to 1.3 and a random shift of 0.1 standard
+    deviations, so that deep networks neither explode nor vanish; layers that `inputs` do not reach, or all where there are none, get
+    statistics near mean 0 and variance 1.
 
     Args:
         model: changed in place; its training flags and the global random state stay as they were.
@@ -109,6 +148,8 @@ def randomise(model: nn.Module, seed: int, inputs: object = None) -> nn.Module:
                 _randomise_parameter(module, name, parameter, generator)
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:  # noqa: SLF001
             _set_statistics(module, torch.zeros(module.num_features), torch.ones(module.num_features), generator)
+        elif "Norm" in type(module).__name__:
+            _randomise_constants(module, generator)
     if inputs is not None:
         _calibrate(model, inputs, generator)
     return model
@@ -123,13 +164,25 @@ def _uniform(like: torch.Tensor, low: float, high: float, generator: torch.Gener
 
 
 def _randomise_parameter(owner: nn.Module, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-    is_norm = isinstance(owner, _NORMS) or "Norm" in type(owner).__name__
-    if is_norm and name == "weight":
+    is_norm = (isinstance(owner, _NORMS) or "Norm" in type(owner).__name__) and parameter.squeeze().ndim <= 1
+    is_flat = parameter.numel() > 1 and float(parameter.std()) < _FLAT
+    if is_norm and (name == "weight" or (is_flat and float(parameter.mean()) > 0.5)):
         parameter.copy_(_uniform(parameter, 0.5, 1.5, generator))
     elif is_norm:
         parameter.copy_(0.2 * _normal(parameter, generator))
-    elif parameter.numel() > 1 and float(parameter.std()) < _FLAT:
+    elif is_flat:
         parameter.copy_(_instead_of_constant(name, parameter, generator))
+    elif any(size > 1 and bool((parameter.diff(dim=dim).abs() < _FLAT).all()) for dim, size in enumerate(parameter.shape)):
+        parameter.mul_(_uniform(parameter, 0.8, 1.2, generator))
+
+
+def _randomise_constants(norm: nn.Module, generator: torch.Generator) -> None:
+    """Randomises weight, bias and statistics of a norm that holds them as buffers."""
+    for name, buffer in norm.named_buffers(recurse=False):
+        if name in {"weight", "running_var"} and buffer.is_floating_point():
+            buffer.copy_(_uniform(buffer, 0.5, 1.5, generator))
+        elif name in {"bias", "running_mean"} and buffer.is_floating_point():
+            buffer.copy_(0.2 * _normal(buffer, generator))
 
 
 def _instead_of_constant(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -165,6 +218,8 @@ def _calibrate(model: nn.Module, inputs: object, generator: torch.Generator) -> 
 
     seen: set[int] = set()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]  # noqa: SLF001
+    if not norms:
+        return
     training = {module: module.training for module in model.modules()}
     handles = [norm.register_forward_pre_hook(on_arrival) for norm in norms]
     try:

@@ -1,102 +1,81 @@
-"""What the zoo demands of a network's record, and the record as tables."""
+"""What the zoo found, as tables."""
 
 from __future__ import annotations
 
-import operator
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, Final
+import statistics
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-Record = dict[str, Any]
-
-# key, relation, bound, what it is called
-THRESHOLDS: Final[tuple[tuple[str, str, Any, str], ...]] = (
-    ("unknown", "==", [], "operators without a rule"),
-    ("off_target", "==", [], "sparsity of every group"),
-    ("coverage_faults", "==", 0, "coverage"),
-    ("permutation_error", "<", 1e-9, "permutation"),
-    ("control", ">", 1e-3, "permutation control"),
-    ("error", "<", 1e-9, "speedup error"),
-    ("effect", ">", 1e-3, "speedup effect"),
-    ("reference_error", "<", 1e-9, "error against the reference"),
-    ("shape_kept", "==", True, "output shape"),
-    ("train_ok", "==", True, "training"),
-    ("onnx_error", "<", 1e-3, "ONNX Runtime"),
+from tests.support.zoo_verdicts import (
+    LEAST_REACH,
+    Record,
+    by_cause,
+    exports,
+    faults,
+    holds,
+    is_own_class,
+    reaches,
+    requirements,
+    share_of,
+    shown,
+    zoo_of,
 )
-# Errors above are for float64; a float32 run is held to these.
-FLOAT32_BOUND: Final = 1e-3
-_RELATIONS: Final[dict[str, Callable[[Any, Any], bool]]] = {"<": operator.lt, ">": operator.gt, "==": operator.eq}
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_WIDTH: Final = 170
 _DASH: Final = "-"
 
 
 def console() -> Console:
     """Returns a console that is wide enough for the tables, also where the output is a file."""
     screen = Console()
-    return screen if screen.is_terminal and screen.width >= 150 else Console(width=150)
+    return screen if screen.is_terminal and screen.width >= _WIDTH else Console(width=_WIDTH)
 
 
-def faults(record: Record) -> list[tuple[str, str]]:
-    """Returns (cause, detail) for each failed measurement, and each threshold that a measured value misses.
-
-    A value that is missing though nothing failed is a fault as well, unless the process ended before it could be measured.
-    """
-    found = [(f"{stage} failed", detail) for stage, detail in record["failures"].items()]
-    for key, relation, bound, cause in THRESHOLDS:
-        limit: Any = FLOAT32_BOUND if relation == "<" and record["dtype"] == "float32" else bound
-        value = record.get(key)
-        if value is None:
-            found += [] if record["failures"] else [(cause, "not measured")]
-        elif not _RELATIONS[relation](value, limit):
-            found.append((cause, f"{key} is {_shown(value)}, must be {relation} {limit}"))
-    return found
-
-
-def print_report(records: list[Record]) -> None:
-    """Prints what holds, what it costs, and what fails."""
+def print_report(records: list[Record]) -> bool:
+    """Prints what holds, what it costs, what fails and what is required; returns whether all requirements are met."""
     screen = console()
-    screen.print(_correctness(records))
-    screen.print(_cost(records))
-    failures = _failures(records)
-    if failures.row_count:
-        screen.print(failures)
+    parts = [_correctness(records), _cost(records), _graphs(records), _held(records), _narrow(records), _failures(records), _zoos(records)]
+    for table in parts:
+        if table.row_count:
+            screen.print(table)
     passing = sum(not faults(record) for record in records)
     screen.print(f"{passing} of {len(records)} networks meet every threshold", style="green" if passing == len(records) else "red")
+    lines = requirements(records)
+    screen.print(_required(records))
+    return all(line.met for line in lines)
 
 
-def _shown(value: object) -> str:
-    if value is None:
-        return _DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.1e}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(title: str, *columns: str, right: bool = True, folded: Sequence[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=bool(folded))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        is_text = column in folded or not right
+        table.add_column(column, justify="right" if number and not is_text else "left", no_wrap=not is_text, overflow="fold")
     return table
 
 
 def _correctness(records: list[Record]) -> Table:
-    columns = ("groups", "channels", "reach", "permut.", "control", "error", "effect", "reference", "shape", "train", "ONNX", "kind", "")
+    columns = ("groups", "reach", "permut.", "control", "error", "effect", "reference", "shape", "train", "ONNX", "kind", "seconds", "")
     table = _table("What holds (relative errors)", "network", *columns)
-    keys = ("permutation_error", "control", "error", "effect", "reference_error", "shape_kept", "train_ok", "onnx_error", "kind")
+    keys = ("permutation_error", "control", "error", "effect", "reference_error", "shape_kept", "train_ok")
     for record in records:
-        counts = [_shown(record.get("groups")), _shown(record.get("channels")), _percent(record.get("reach"))]
+        onnx = shown(record.get("onnx_error")) if exports(record) else "not dense"
         verdict = "[red]FAILS" if faults(record) else "[green]passes"
-        table.add_row(_name(record), *counts, *(_shown(record.get(key)) for key in keys), verdict)
+        values = [shown(record.get("groups")), _percent(record.get("reach")), *(shown(record.get(key)) for key in keys)]
+        table.add_row(record["name"], *values, onnx, shown(record.get("kind")), f"{record.get('wall_seconds', 0):.0f}", verdict)
     return table
 
 
 def _cost(records: list[Record]) -> Table:
     stages = ("trace", "groups", "score", "shrink", "verify")
-    titles = ("input", "params", "after", "", "MACs", "after", "", *stages, "all", "MiB")
+    titles = ("input", "params", "after", "", "MACs", "after", "", *stages, "all", "CPU", "MiB")
     table = _table(
-        "What it costs (MACs for the whole batch; seconds; peak memory of the measuring process, copies included)", "network", *titles
+        "What it costs (MACs for the whole batch; seconds; all, CPU and MiB: of the measuring process, copies included)", "network", *titles
     )
     for record in records:
         sizes: list[str] = []
@@ -108,26 +87,69 @@ def _cost(records: list[Record]) -> Table:
         seconds = record.get("seconds", {})
         times = [_DASH if stage not in seconds else f"{seconds[stage]:.2f}" for stage in stages]
         rss = record.get("peak_rss_mib")
-        images = "x".join(map(str, record.get("input_shape", []))) or _DASH
-        table.add_row(_name(record), images, *sizes, *times, f"{record.get('wall_seconds', 0):.0f}", _DASH if rss is None else f"{rss:.0f}")
+        example = "x".join(map(str, record.get("input_shape", []))) or _DASH
+        total = [f"{record.get(key, 0):.0f}" for key in ("wall_seconds", "cpu_seconds")]
+        table.add_row(record["name"], example, *sizes, *times, *total, _DASH if rss is None else f"{rss:.0f}")
+    return table
+
+
+def _graphs(records: list[Record]) -> Table:
+    table = _table("What became a GraphModule, and why", "network", "reason", folded=("reason",))
+    for record in records:
+        if record.get("kind") == "graph":
+            table.add_row(record["name"], escape(str(record.get("reason"))))
+    return table
+
+
+def _held(records: list[Record]) -> Table:
+    title = f"Networks of whose parameters less than {LEAST_REACH:.0%} can be pruned, and the reasons that hold most"
+    table = _table(title, "network", "reach", "reasons", folded=("reasons",))
+    for record in sorted(records, key=lambda known: known.get("reach") or 0.0):
+        reach = record.get("reach")
+        if reach is not None and reach < LEAST_REACH:
+            reasons = "\n".join(f"{share:.1%} {reason}" for reason, share in record.get("held_by", []))
+            table.add_row(record["name"], _percent(reach), escape(reasons))
+    return table
+
+
+def _narrow(records: list[Record]) -> Table:
+    table = _table("Networks that do not run in the type that was asked for", "network", "ran in", "what it says", folded=("what it says",))
+    for record in records:
+        if record.get("refused"):
+            table.add_row(record["name"], record["ran_in"], escape(record["refused"]))
     return table
 
 
 def _failures(records: list[Record]) -> Table:
-    causes: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for record in records:
-        for cause, detail in faults(record):
-            causes[cause].append((_name(record), detail))
-    table = Table(title="What fails, by cause", title_justify="left", show_lines=True)
-    for column in ("cause", "networks", "which", "the first says"):
-        table.add_column(column, overflow="fold")
-    for cause, entries in sorted(causes.items(), key=lambda item: -len(item[1])):
-        table.add_row(cause, str(len(entries)), ", ".join(name for name, _ in entries), entries[0][1].replace("[", r"\["))
+    table = _table("What fails, by cause", "what", "cause", "networks", "which", folded=("what", "cause", "which"))
+    for what, cause, names, first in by_cause(records):
+        table.add_row(what, escape(first if len(names) == 1 else cause), str(len(names)), ", ".join(names))
     return table
 
 
-def _name(record: Record) -> str:
-    return str(record["name"]).removeprefix("torchvision:")
+def _zoos(records: list[Record]) -> Table:
+    columns = ("networks", "verified", "permuted", "checks", "own class", "ONNX", "reach, median", "reach, worst", "without a rule")
+    table = _table("The zoos (ONNX: of those whose original exports, which are in brackets)", "zoo", *columns)
+    zoos = list(dict.fromkeys(zoo_of(record) for record in records))
+    for zoo in [*zoos, *(["all"] if len(zoos) > 1 else [])]:
+        mine = [record for record in records if zoo in ("all", zoo_of(record))]
+        shares = [share_of(mine, lambda r, share=share: holds(r, share)) for share in ("verify", "permute", "checks")]  # type: ignore[misc]
+        exportable = [record for record in mine if exports(record)]
+        onnx = f"{_percent(share_of(exportable, lambda r: holds(r, 'ONNX')))} ({len(exportable)})"
+        known = reaches(mine)
+        reach = [_percent(statistics.median(known) if known else None), _percent(min(known, default=None))]
+        unknown = sorted({name.removeprefix("aten::") for record in mine for name in record.get("unknown", [])})
+        values = [*map(_percent, shares), _percent(share_of(mine, is_own_class)), onnx, *reach, ", ".join(unknown) or "none"]
+        table.add_row(zoo, str(len(mine)), *values)
+    return table
+
+
+def _required(records: list[Record]) -> Table:
+    table = _table("What is required", "zoo", "of which", "measured", "at least", "")
+    for line in requirements(records):
+        verdict = "[green]met" if line.met else "[red]missed"
+        table.add_row(line.zoo, line.what, _percent(line.measured), _percent(line.bound), verdict)
+    return table
 
 
 def _percent(share: float | None) -> str:
