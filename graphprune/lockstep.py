@@ -41,6 +41,7 @@ class Entry:
         inputs: the tensors that went into a decision.
         outputs: what came out: tensors, or one Python number.
         decides: whether it is a decision that rounding or random numbers could change.
+        literal: whether it draws whole numbers that depend on nothing else, which a GraphModule holds as a table.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     inputs: list[torch.Tensor]
     outputs: list[Any]
     decides: bool
+    literal: bool = False
 
     @property
     def place(self) -> str:
@@ -114,7 +116,9 @@ class Follower:
         if decides or self.everything:
             pairs = _pairs(node, before) if decides else ()
             inputs = [gathered(t, analysis.values.get(n), self.removal).clone() for n, t in pairs]
-            self.run.entries.append(Entry(func._schema.name, node.meta["module"], inputs, self._outputs(node, result), decides))  # noqa: SLF001
+            literal = kind == "random" and node.meta["constant"] and not (isinstance(result, torch.Tensor) and result.is_floating_point())
+            name = func._schema.name  # noqa: SLF001 (the schema is documented)
+            self.run.entries.append(Entry(name, node.meta["module"], inputs, self._outputs(node, result), decides, literal))
         return result
 
     def _outputs(self, node: fx.Node, result: Any) -> list[Any]:
@@ -218,7 +222,8 @@ class Leader:
         decides = rounds_matter(kind, args, kwargs)
         if not decides and not self.everything:
             return result
-        entry, name = next(self.entries, None), func._schema.name  # noqa: SLF001
+        name = func._schema.name  # noqa: SLF001
+        entry = next((e for e in self.entries if e.name == name or not e.literal), None)
         if entry is None or entry.name != name:
             short = name.removeprefix("aten::")
             if entry is None:
@@ -281,7 +286,7 @@ def lead(small: nn.Module, inputs: Inputs, leader: Leader) -> object:
     """
     outputs: list[object] = []
     record(small, inputs, runner=leader, on_output=outputs.append)
-    left = next(leader.entries, None)
+    left = next((e for e in leader.entries if not e.literal), None)
     if left is not None:
         raise DepartureError(f"{left.place}, which the shrunk model does not run", "")
     return outputs[0]
