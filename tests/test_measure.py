@@ -52,6 +52,10 @@ def test_off_target_counts_joint_groups_together() -> None:
     assert off_target(graph, {**whole, "heads": np.arange(4) < 2}, 0.5) == []
     assert off_target(graph, {**whole, "widths": np.arange(2) < 1}, 0.5) == []
     assert off_target(graph, {**whole, "heads": np.arange(4) < 3}, 0.5) == ["heads", "widths"]
+    shared = Group("widths", 2, (Slice("v", 0, np.arange(2)[:, None]), Slice("q", 0, widths)))  # one value head for all query heads
+    graph = Graph((graph.groups[0], shared))
+    assert off_target(graph, {**whole, "heads": np.arange(4) < 2}, 0.5) == []
+    assert off_target(graph, {**whole, "heads": np.arange(4) < 3}, 0.5) == ["heads", "widths"]
 
 
 def test_one_failure_leaves_the_other_measurements_standing(monkeypatch: pytest.MonkeyPatch) -> None:

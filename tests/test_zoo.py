@@ -127,7 +127,13 @@ def test_requirements_are_those_of_the_shares() -> None:
     assert [(line.zoo, line.what) for line in requirements([graph]) if not line.met] == [
         ("transformers", "own class"),
         ("all", "own class"),
+        ("all", "own class, keep_class where needed"),
     ]
+    asked = {**graph, "own_class_error": 1e-15, "own_class_effect": 0.5}
+    missed = [(line.zoo, line.what) for line in requirements([asked]) if not line.met]
+    assert missed == [("transformers", "own class"), ("all", "own class")]
+    wrong = {**asked, "own_class_error": 1e-3}
+    assert ("all", "own class, keep_class where needed") in [(line.zoo, line.what) for line in requirements([wrong]) if not line.met]
 
 
 def test_a_network_that_was_not_built_meets_nothing() -> None:

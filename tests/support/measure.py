@@ -237,6 +237,18 @@ def check_training(bench: Bench) -> Record:
     return {"train_ok": True, "without_gradient": len(train_step(small, inputs))}
 
 
+def check_own_class(bench: Bench) -> Record:
+    """Where the result is a GraphModule, asks for one of the network's own class, at the price of other counts (`keep_class`)."""
+    if bench.get("report").kind == "module":
+        return {}
+    try:
+        _, report = gp.prune(bench.get("model"), bench.get("inputs"), sparsity=bench.settings.sparsity, keep_class=True)
+    except gp.GraphPruneError as error:
+        return {"own_class_refused": last_line(error)}
+    kept = report.after.params / report.before.params if report.after and report.before else None
+    return {"own_class_error": report.error, "own_class_effect": _capped(report.effect), "own_class_params": kept}
+
+
 def check_onnx(bench: Bench) -> Record:
     """Writes the shrunk network as float32 ONNX, and compares ONNX Runtime with it."""
     try:
@@ -275,6 +287,7 @@ MEASUREMENTS: Final[dict[str, Callable[[Bench], Record]]] = {
     "report": read_report,
     "reference": check_reference,
     "train": check_training,
+    "own class": check_own_class,
     "ONNX": check_onnx,
     "dense ONNX": check_dense_onnx,
 }

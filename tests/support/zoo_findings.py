@@ -78,21 +78,19 @@ def _plain(item: Any) -> str:
 def off_target(graph: GraphLike, masks: Keep, sparsity: float) -> list[str]:
     """Returns the names of the groups that keep other than (1 - sparsity) of their channels, rounded down, and at least 1.
 
-    Where two groups own positions jointly (heads, and widths within a head), removing along one of them is enough: such a group is off
-    target when more than (1 - sparsity) of its positions in its first slice stay.
+    Where two groups own positions of some slice jointly (heads, and widths within a head), removing along one of them is enough: such a
+    group is off target when more than (1 - sparsity) of its positions stay in each of these slices.
     """
     removed = removed_positions(graph, masks)
     owners = Counter((piece.parameter, piece.dim, int(at)) for g in graph.groups for piece in g.slices for at in np.unique(piece.index))
     off = []
     for group in graph.groups:
-        first = group.slices[0]
-        owned = np.unique(first.index)
-        if any(owners[first.parameter, first.dim, int(at)] > 1 for at in owned):
-            stays = 1.0 - np.isin(owned, removed[first.parameter, first.dim]).mean()
-            hit = stays <= 1.0 - sparsity + 1e-9
-        else:
-            kept = int(np.asarray(masks[group.name]).sum())
-            hit = kept == max(1, math.floor((1.0 - sparsity) * group.channels + 1e-9))
+        kept = int(np.asarray(masks[group.name]).sum())
+        hit = kept == max(1, math.floor((1.0 - sparsity) * group.channels + 1e-9))
+        for piece in group.slices:
+            owned = np.unique(piece.index)
+            if not hit and any(owners[piece.parameter, piece.dim, int(at)] > 1 for at in owned):
+                hit = 1.0 - np.isin(owned, removed[piece.parameter, piece.dim]).mean() <= 1.0 - sparsity + 1e-9
         off += [] if hit else [group.name]
     return off
 

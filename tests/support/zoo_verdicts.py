@@ -29,7 +29,11 @@ _DEMANDS: Final[tuple[tuple[str, str, Any, str, str], ...]] = (
 )
 THRESHOLDS: Final = tuple(demand[:4] for demand in _DEMANDS)
 # Failed measurements, by the share that they belong to; all others belong to "verify".
-_STAGES: Final = {"coverage": "checks", "permutation": "permute", "train": "checks", "ONNX": "ONNX", "dense ONNX": "ONNX"}
+_STAGES: Final = {
+    **dict.fromkeys(("coverage", "train", "own class"), "checks"),
+    "permutation": "permute",
+    **dict.fromkeys(("ONNX", "dense ONNX"), "ONNX"),
+}
 # Errors above are for float64; what ran in float32 is held to these, and what computes in it here and there to the engine's own bound.
 FLOAT32_BOUND: Final = 1e-3
 FLOAT32_PERMUTATION: Final = 1e-4
@@ -113,6 +117,13 @@ def is_own_class(record: Record) -> bool:
     return record.get("kind") == "module" and holds(record, "verify")
 
 
+def can_be_own_class(record: Record) -> bool:
+    """Returns whether there is a verified result of the class of the original, by default or with `keep_class=True`."""
+    error, effect = record.get("own_class_error"), record.get("own_class_effect")
+    asked = error is not None and effect is not None and error < _limit("error", "<", 1e-9, record) and effect > 1e-3
+    return is_own_class(record) or (asked and holds(record, "verify"))
+
+
 def exports(record: Record) -> bool:
     """Returns whether the original can be exported, as far as is known: only a refusal of it says that it cannot."""
     return "dense_onnx_refused" not in record
@@ -149,6 +160,7 @@ def requirements(records: list[Record]) -> list[Requirement]:
         if zoo == "transformers":
             lines.append(Requirement(zoo, "own class", share_of(mine, is_own_class), _OWN_CLASS))
     lines.append(Requirement("all", "own class", share_of(records, is_own_class), _OWN_CLASS))
+    lines.append(Requirement("all", "own class, keep_class where needed", share_of(records, can_be_own_class), _OWN_CLASS))
     exportable = [record for record in records if exports(record)]
     lines.append(Requirement("all", "ONNX, of those that export", share_of(exportable, lambda r: holds(r, "ONNX")), _ONNX))
     return lines
