@@ -49,7 +49,8 @@ def _explained(name: str, d: int, index: Ids, labels: Any, analysis: Analysis, u
     for number in np.unique(numbers).tolist():
         where = index[numbers == number]
         if number == NO_REASON:
-            out.append(Frozen(name, d, where, "meets positions that are made of nothing removable (padding, an input, a literal)"))
+            text = "meets positions that are made of nothing removable (padding, an input, a literal)"
+            out.append(Frozen(name, d, where, text, *users.get(name, ("", ""))))
         else:
             why = analysis.reasons[number]
             out.append(Frozen(name, d, where, why.text, why.operator, why.module, why.remedy))

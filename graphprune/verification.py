@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from graphprune.decisions import is_delicate
 from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
@@ -243,20 +244,28 @@ def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: 
 
 
 def runs_as_recorded(small: nn.Module, removal: Removal) -> bool:
-    """Returns whether a shrunk model runs the recorded operators with the recorded fractions.
+    """Returns whether a shrunk model runs the recorded operators with the recorded fractions, stated or left to their defaults.
 
-    Where it does not, its forward decides or computes something by the sizes that it meets, as a scale of 1 / sqrt(width).
+    Where it does not, its forward decides or computes something by the sizes that it meets, as a scale of 1 / sqrt(width). What that
+    changes may be too little to be seen in the outputs for these inputs, and much for others. Where values decide what runs, only the
+    defaults are compared.
     """
     program = removal.analysis.program
+    if any(removal.loses(labels) for notes in removal.analysis.notes.values() for _, labels in notes.constants.values()):
+        return False
     try:
-        return _calls(record(small, program.inputs)) == _calls(program)
+        return is_delicate(program) or _calls(record(small, program.inputs)) == _calls(program)
     except GraphPruneError:
         return False
 
 
 def _calls(program: Program) -> list[tuple[Any, list[float]]]:
-    """Returns the operators in order, each with its fractional arguments."""
-    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    """Returns the operators in order, each with its fractional arguments; of what they return in lists, any number may be picked.
+
+    `contiguous` is left out: PyTorch skips it where the layout is the wanted one already, as that of a single head is.
+    """
+    skipped = (operator.getitem, torch.ops.aten.contiguous.default)
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target not in skipped]
     return [(n.target, [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, float)]) for n in calls]
 
 

@@ -191,7 +191,7 @@ class _Surgeon:
         if check is None and not broken:
             return "" if self._runs(small) else f"{name}.forward states sizes that cannot be changed from outside"
         if check is not None and check.passed:
-            return ""
+            return "" if runs_as_recorded(small, self.removal) else f"{name}.forward goes by the sizes that it meets"
         if broken:
             more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             return f"{name}.forward has sizes of its own that no attribute sets right: {broken[0]}{more}; see keep_class"
