@@ -17,7 +17,7 @@ from torch import nn
 from graphprune.graph import Frozen
 from tests.support import measure, zoo_timm
 from tests.support.handmade import Graph, Group, Slice, residual, residual_graph
-from tests.support.measure import Bench, Settings
+from tests.support.measure import Bench, Settings, rounding
 from tests.support.zoo_arithmetic import in_double
 from tests.support.zoo_findings import beyond_reference, held_by, off_target, reachable_share
 from tests.support.zoo_sources import Blueprint, images
@@ -190,3 +190,20 @@ def test_smallest_networks_of_timm_are_found(tmp_path: Path, monkeypatch: pytest
     zoo_timm.refresh(said.append)
     assert zoo_timm.names() == ("slim", "only")
     assert any("broken cannot be built: no such thing" in line for line in said)
+
+
+def test_rounding_tells_chaos_from_calm() -> None:
+    """A linear map passes one unit in the last place on as it is; a steep chain amplifies it."""
+    calm = nn.Linear(4, 3, dtype=torch.float64)
+    steep = nn.Sequential(*(Steep() for _ in range(30)))
+    inputs = torch.rand(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert 0 < rounding(calm, inputs) < 1e-14
+    assert rounding(steep, inputs) > 1e-9
+
+
+class Steep(nn.Module):
+    """The logistic map, which doubles differences on average."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [0, 1] to itself."""
+        return 4 * x * (1 - x)

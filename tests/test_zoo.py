@@ -95,6 +95,13 @@ def test_engine_is_held_to_its_own_bound_only_where_it_computes_in_less() -> Non
     assert faults({**GOOD, "tolerance": 1e-4, "permutation_error": 1e-6}) != []
 
 
+def test_chaotic_networks_are_held_to_what_rounding_does_to_them() -> None:
+    """Ten times the change that another rounding of the inputs makes is allowed, and nothing beyond; a calm network has its 1e-9."""
+    assert faults({**GOOD, "rounding": 1e-8, "permutation_error": 9e-8, "reference_error": 9e-8}) == []
+    assert faults({**GOOD, "rounding": 1e-8, "permutation_error": 2e-7}) != []
+    assert faults({**GOOD, "rounding": 1e-14, "permutation_error": 2e-9}) != []
+
+
 def test_onnx_counts_where_the_original_exports() -> None:
     """A refusal of both is no fault and leaves the share; a refusal of the shrunk network alone is one."""
     without = {name: value for name, value in GOOD.items() if name != "onnx_error"}

@@ -174,7 +174,24 @@ def check_permutation(bench: Bench) -> Record:
     """Permutes the channels of every group."""
     model, graph, inputs, seed = bench.get("model"), bench.get("graph"), bench.get("inputs"), bench.settings.seed
     error, control = bench.precisely(lambda: permutation_error(model, graph, inputs, seed))
-    return {"permutation_error": error, "control": _capped(control)}
+    return {"permutation_error": error, "control": _capped(control), "rounding": bench.precisely(lambda: rounding(model, inputs))}
+
+
+def rounding(model: nn.Module, inputs: object) -> float:
+    """Returns how much the outputs change, relative, when each input is rounded otherwise: what no comparison can fall below.
+
+    Deep networks with random weights may be chaotic: they amplify one unit in the last place a million times.
+    """
+
+    def shaken(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        signs = torch.randint(-1, 2, tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+        return tensor * (1 + signs * torch.finfo(tensor.dtype).eps)
+
+    before = evaluate(model, inputs)
+    after = evaluate(model, pytree.tree_map_only(torch.Tensor, shaken, inputs))
+    return relative_error(before, after) if shapes(before) == shapes(after) else 0.0
 
 
 def _capped(difference: float) -> float:
