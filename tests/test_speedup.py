@@ -605,3 +605,29 @@ def test_nothing_of_the_recording_stays_behind() -> None:
     small, _ = gp.prune(model, inputs)
     assert alive() <= before
     assert small is not model
+
+
+class _ScaledByWidth(nn.Module):
+    """Scales by a number that follows from the width that it meets."""
+
+    def __init__(self) -> None:
+        """Makes the layers."""
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (n, 4) to (n, 3)."""
+        y = self.a(x)
+        out: torch.Tensor = self.b(y * y.shape[1] ** -0.5)
+        return out
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_scale_that_follows_the_width_is_stated_with_and_without_verification(verify: bool) -> None:
+    """The masked network has the old scale; a module that would compute a new one is not returned, compared or not."""
+    torch.manual_seed(0)
+    model, x = _ScaledByWidth().double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    small, report = gp.prune(model, x, 0.5, verify=verify)
+    masks = gp.L1NormPruner(model, [{"sparsity": 0.5, "op_types": ["default"]}], example_inputs=x).masks()
+    assert report.kind == "graph"
+    assert torch.allclose(small(x), masks.masked(model)(x), rtol=1e-12)
