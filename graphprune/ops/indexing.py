@@ -193,9 +193,21 @@ def pick(op: Op, labels: Dim, index: Value, path: str | Path) -> Labels:
 def index(op: Op) -> Labels:
     """`x[i, j, ...]` with index tensors: one constant table renumbers, other looked-up dimensions freeze; index labels pass on."""
     x: Value = op["self"]
-    labels = looked_up(op, op.dims(x), op["indices"], "indices")
+    labels = op.dims(x)
+    _keep_unread(op, x, labels)
+    labels = looked_up(op, labels, op["indices"], "indices")
     op.zero = x.zero and all(dim is None for i in op["indices"] if i is not None for dim in i.labels)
     return labels
+
+
+def _keep_unread(op: Op, x: Value, labels: Labels) -> None:
+    """Freezes the rows of a learnt table that these inputs do not look up: other inputs (a larger image) may."""
+    for d, i in enumerate(op["indices"]):
+        if x.parameter and i is not None and not i.boolean and i.tensor is not None and isinstance(labels[d], np.ndarray):
+            unread = np.setdiff1d(np.arange(x.shape[d]), i.tensor.cpu().numpy().ravel() % x.shape[d])
+            op.freeze(
+                labels[d][unread], "is a row of a table that these inputs do not look up", "Trace with inputs that look up all of them"
+            )
 
 
 def looked_up(op: Op, labels: Labels, indices: list[Value | None], argument: str) -> Labels:

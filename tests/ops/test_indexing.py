@@ -124,7 +124,8 @@ CASES = [
     Case("embedding of computed positions", lambda m, x: m.b(torch.relu(m.e(x.long().abs() % 11))).mean(2),
          {"e": nn.Embedding(11, 8), "b": nn.Linear(8, 4)}, ["8 exact: b.weight/1 e.weight/1"], inputs=sequences, kind="module"),
     Case("table of positions", lambda m, x: m.b(torch.relu(m.a(x) + m.p[m.i])), {"a": nn.Linear(4, 8), "b": nn.Linear(8, 4),
-         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])}, [f"8 exact: {A} b.weight/1 p/1", "5 exact: p/0"], inputs=sequences),
+         "p": table(9, 8), "i": torch.tensor([3, 1, 4, 1, 5])},
+         [f"8 exact: {A} b.weight/1 p/1"], {"p/0": "do not look up"}, inputs=sequences),
     pick(lambda m, x: x.gather(1, m.table.expand(x.shape[0], 2, 6, 6)), 2, TWO_OF_8, "gather",
          extra={"table": torch.tensor([[[[1]], [[3]]]])}, kind="graph"),
     pick(lambda m, x: x.gather(1, m.table), 2, [], "gather by a table that varies in space", any_batch=False,
@@ -170,3 +171,34 @@ def test_table_that_depends_on_the_batch() -> None:
     _, report = gp.speedup(model, masks, result="graph")
     assert report.verified
     assert "only at batch 2: a table of positions depends on the batch size" in report.reason
+
+
+class _Window(torch.nn.Module):
+    """A learnt bias per offset between two positions, looked up by a constant table of which short inputs need a part."""
+
+    def __init__(self) -> None:
+        """Makes the layers and the table."""
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)
+        self.table = torch.nn.Parameter(torch.randn(9, 8))
+        self.register_buffer("offsets", torch.arange(5)[:, None] - torch.arange(5)[None, :] + 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (n, length <= 5, 4) to (n, length, 3)."""
+        length = x.shape[1]
+        bias = self.table[self.offsets[:length, :length].reshape(-1)].view(length, length, -1)
+        out: torch.Tensor = self.b((self.a(x)[:, None] + bias).mean(2))
+        return out
+
+
+def test_rows_that_the_example_does_not_look_up_stay() -> None:
+    """Longer inputs need them: a network pruned with short ones still computes what the masked network computes on long ones."""
+    torch.manual_seed(0)
+    model = _Window().double().eval()
+    short, long = (torch.randn(2, n, 4, dtype=torch.float64) for n in (3, 5))
+    graph = gp.trace(model, short)
+    assert "do not look up" in graph.explain("table")
+    masks = gp.L1NormPruner(model, [{"sparsity": 0.5, "op_types": ["default"]}], graph=graph).masks()
+    small, report = gp.speedup(model, masks)
+    assert report.kind == "module"
+    assert torch.allclose(small(long), masks.masked(model)(long), rtol=1e-12)
