@@ -176,6 +176,8 @@ def test_table_that_depends_on_the_batch() -> None:
 class _Window(torch.nn.Module):
     """A learnt bias per offset between two positions, looked up by a constant table of which short inputs need a part."""
 
+    offsets: torch.Tensor
+
     def __init__(self) -> None:
         """Makes the layers and the table."""
         super().__init__()
