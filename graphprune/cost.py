@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphprune.contexts import whole_attention
 from graphprune.inputs import normalise, run, undisturbed
 from graphprune.meta import shapes_suffice
 
@@ -154,16 +155,13 @@ def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     oneDNN and cuDNN. Parameters need no gradients meanwhile: the counter watches for a backward pass wherever a module is called with
     a tensor that needs one, and fails where that is a parameter itself (a class token).
     """
-    mha = torch.backends.mha
-    fast = mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as settings:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_leaf:
                 settings.callback(parameter.requires_grad_, True)  # noqa: FBT003 (positional only)
                 parameter.requires_grad_(False)  # noqa: FBT003
-        settings.callback(mha.set_fastpath_enabled, fast)
-        mha.set_fastpath_enabled(False)
+        settings.enter_context(whole_attention())
         if recurrent:
             backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
             for backend in backends:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from torch.utils import _pytree as pytree
 
-from graphprune.ops.registry import Why
+from graphprune.inputs import tensors_in
+from graphprune.ops.registry import Why, named_arguments
 
 if TYPE_CHECKING:
     from torch import fx
@@ -28,6 +28,7 @@ _STEPS = frozenset(
     for name in ("round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "floor_divide", "remainder", "fmod")
 )
 _SIZES = frozenset({"aten::nonzero_numpy", "aten::masked_select", "aten::unique_consecutive", "aten::bincount", "torchvision::nms"})
+_SIZED_BY = {"aten::index": "indices", "aten::repeat_interleave": "repeats"}
 _OFF = {"train": (False,), "training": (False,), "dropout_p": (0, None), "p": (0,), "dropout": (0,)}
 _FAR = 1e6  # a number that is beyond any threshold
 _REMEDY = "Compute it with tensor operators"
@@ -63,19 +64,9 @@ def decision(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: o
 
 def sized_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Returns the tensors whose values decide the size of the result, where an operator has others besides; none elsewhere."""
-    name = func._schema.name  # noqa: SLF001 (the schema is documented)
-    if name == "aten::index":
-        return tensors_in(args[1] if len(args) > 1 else kwargs["indices"])
-    if name == "aten::repeat_interleave" and (len(args) > 1 or "repeats" in kwargs):
-        return tensors_in(args[1] if len(args) > 1 else kwargs["repeats"])
-    return []
-
-
-def tensors_in(value: object) -> list[torch.Tensor]:
-    """Returns the tensors in nested arguments or results, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    argument = _SIZED_BY.get(func._schema.name, "")  # noqa: SLF001 (the schema is documented)
+    given = named_arguments(func, args, kwargs) if argument else {}
+    return tensors_in(given.get(argument)) if "self" in given else []
 
 
 def rounds_matter(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -101,21 +92,22 @@ def operators_of(program: Program) -> list[tuple[object, ...]]:
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Returns whether random numbers are drawn: not by dropout that is switched off."""
-    names = [a.name for a in func._schema.arguments]  # noqa: SLF001
     defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}  # noqa: SLF001
-    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    given = {**defaults, **named_arguments(func, args, kwargs)}
     return not any(name in given and not isinstance(given[name], torch.Tensor) and given[name] in off for name, off in _OFF.items())
 
 
 def _is_sized(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name in {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"}:
-        places = args[1] if len(args) > 1 else kwargs.get("indices", ())
-        return name == "aten::index" and any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(places))
+    if name in {"aten::index_put", "aten::index_put_", "aten::_unsafe_index"}:
+        return False
+    if name == "aten::index":
+        places = named_arguments(func, args, kwargs).get("indices")
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(places))
     if name == "aten::one_hot":
-        return bool((args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) == -1)
+        return bool(named_arguments(func, args, kwargs).get("num_classes", -1) == -1)
     if name == "aten::repeat_interleave":
-        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0] if len(args) == 1 else None)
-        return isinstance(repeats, torch.Tensor) and kwargs.get("output_size") is None
+        given = named_arguments(func, args, kwargs)
+        return isinstance(given.get("repeats"), torch.Tensor) and given.get("output_size") is None
     if name == "aten::tensor_split":
         return len(tensors_in((args, kwargs))) > 1
     return name in _SIZES or (name == "aten::where" and len(args) == 1) or torch.Tag.dynamic_output_shape in func.tags

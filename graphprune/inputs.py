@@ -22,6 +22,13 @@ _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})  # exactly 
 _LONGEST_REASON = 300  # characters of a model's own error that are repeated in ours
 
 
+def tensors_in(value: object) -> list[Tensor]:
+    """Returns the tensors in nested arguments or results, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """The arguments of one call of a model.
@@ -40,7 +47,7 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """Returns all tensors, positional arguments first, each in the order in which it is nested."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_in((self.args, self.kwargs))
 
     def map(self, function: Callable[[Tensor], Any]) -> Inputs:
         """Returns the same arguments with the function's result in each tensor's place."""
@@ -245,7 +252,7 @@ def _is_keywords(value: Any) -> bool:
 
 def _described(argument: Any) -> str:
     """Returns the shape and type of an argument's tensors, or the type of an argument without any."""
-    leaves = [leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, Tensor)]
+    leaves = tensors_in(argument)
     if not leaves:
         return type(argument).__name__
     described = [f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from graphprune.decisions import decision, freeze_decided, rounds_matter, tensors_in
+from graphprune.decisions import decision, freeze_decided, rounds_matter
 from graphprune.errors import GraphPruneError, InputError
+from graphprune.inputs import tensors_in
 from graphprune.labelling import Analysis, extend
 from graphprune.surgery.rewriting import Removal
 from graphprune.tracing import record

@@ -9,7 +9,6 @@ arguments as they are, gives exactly the outputs that are left, on changed value
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphprune.inputs import tensors_in
 from graphprune.labels import Ids
 from graphprune.ops.registry import Op, Value
 
@@ -54,7 +54,7 @@ class Recorded:
         schema = target._schema  # noqa: SLF001 (the schema is documented)
         if schema.is_mutable or any(a.alias_info is not None for a in (*schema.arguments, *schema.returns)):
             return None
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > MOST_ELEMENTS:
             return None
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
@@ -87,8 +87,7 @@ class _Runner:
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         with torch.no_grad():
-            result = self._target(*args, **kwargs)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            return tensors_in(self._target(*args, **kwargs))
 
 
 def probe(op: Op, call: Recorded | None) -> list[Any] | None:
@@ -101,7 +100,7 @@ def probe(op: Op, call: Recorded | None) -> list[Any] | None:
     Returns:
         Labels per output tensor, or None where the operator cannot be probed at all (nothing was coupled or frozen then).
     """
-    values = list(_values(op))
+    values = op.values()
     if call is None or not op.outputs:
         return None
     runner = _Runner(call)
@@ -114,12 +113,6 @@ def probe(op: Op, call: Recorded | None) -> list[Any] | None:
     except Exception:  # noqa: BLE001 (an operator may refuse other values in any way; then nothing is known)
         return None
     return _couple(op, values, links) if links is not None else None
-
-
-def _values(op: Op) -> Iterator[Value]:
-    """Yields the tensor arguments in the order in which they are written."""
-    for argument in op.arguments.values():
-        yield from (v for v in pytree.tree_leaves(argument, is_leaf=lambda a: isinstance(a, Value)) if isinstance(v, Value))
 
 
 def _wanted(values: list[Value], operands: list[Tensor]) -> list[Place]:
@@ -200,8 +193,7 @@ def _with(operands: list[Tensor], place: Place, chosen: NDArray[np.bool_], gener
     """Returns the operands with other values at the chosen positions: those of the same tensor, in another order and size."""
     operand, dim = place
     tensor = operands[operand]
-    mixed = tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].reshape(tensor.shape)
-    other = mixed * (1.25 + 2 * trial) + 0.5 * tensor.abs().mean().clamp(min=0.1)
+    other = _mixed(tensor, generator) * (1.25 + 2 * trial) + 0.5 * tensor.abs().mean().clamp(min=0.1)
     where = torch.from_numpy(chosen).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
     return [torch.where(where, other, tensor).to(t.dtype) if k == operand else t for k, t in enumerate(operands)]
 
@@ -210,9 +202,14 @@ def _shaken(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Returns other values of the same kind: a floating-point tensor's own, in another order and a little changed."""
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
-    mixed = tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].reshape(tensor.shape)
+    mixed = _mixed(tensor, generator)
     noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
     return mixed * (1 + 0.1 * noise)
+
+
+def _mixed(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns a tensor's own values in another order."""
+    return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].reshape(tensor.shape)
 
 
 def _link(operand: Place, output: Place, pairs: list[tuple[Tensor, Tensor]], size: int) -> _Link | None:

@@ -20,7 +20,7 @@ from graphprune.arithmetic.integers import Arithmetic, Expression, Extent, Track
 from graphprune.arithmetic.places import tracked_attributes
 from graphprune.errors import GraphPruneError
 from graphprune.labels import Ids
-from graphprune.ops.registry import Value
+from graphprune.ops.registry import Value, named_arguments
 from graphprune.tracing import node_behind, record
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def _of_call(node: fx.Node, integers: list[int], analysis: Analysis) -> Iterator
 def _position(node: fx.Node, integers: list[int], path: Path, size: int) -> int | None:
     """Returns which of a call's integers is the argument at `path`: by its list, else by value, tracked ones first."""
     target: Any = node.target
-    names = [a.name for a in target._schema.arguments]  # noqa: SLF001 (the schema is documented)
-    arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    whole = arguments.get(str(path[0]))
+    whole = named_arguments(target, node.args, node.kwargs).get(str(path[0]))
     if len(path) > 1 and isinstance(whole, (list, tuple)):
         for start in range(len(integers) - len(whole) + 1):
             if all(a == b for a, b in zip((int(i) for i in integers[start : start + len(whole)]), whole, strict=True)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined] # is public, and documented
 
+from graphprune.contexts import whole_attention
 from graphprune.export.job import Job
 from graphprune.export.quiet import quiet
 from graphprune.inputs import undisturbed
@@ -59,7 +59,7 @@ def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool)
         Exception: whatever the exporter fails with.
     """
     try:
-        with undisturbed(model), _plain_attention(), quiet() as caught:
+        with undisturbed(model), whole_attention(), quiet() as caught:
             warnings.simplefilter("always" if trust else "error", TracerWarning)
             WRITERS[exporter](job, file)
     except Exception as error:
@@ -78,17 +78,6 @@ def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool)
 def _place(path: str, line: int | None) -> str:
     """Returns a place in a source file, without its folder."""
     return f"{Path(path).name}:{line}"
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keeps attention modules from taking the fused operator that they have for inference, which ONNX lacks."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _write_torchscript(job: Job, file: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from graphprune.labelling import Analysis
-from graphprune.ops.registry import Value
+from graphprune.ops.registry import Value, named_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ def rewrite(node: fx.Node, removal: Removal) -> tuple[Call, list[Path]]:
     """Returns the call of a node after the removal, and the paths of the arguments that changed."""
     notes = removal.analysis.notes[node]
     target: Any = node.target
-    arguments = named_arguments(node)
+    arguments = named_arguments(target, node.args, node.kwargs)
     changed = [p for p, labels in notes.extents.items() if removal.loses(labels)]
     cropped = [p for p, labels in notes.crops.items() if removal.loses(labels)]
     renumbered = [p for p, labels in notes.remaps.items() if removal.loses(labels)]
@@ -87,13 +87,6 @@ def rewrite(node: fx.Node, removal: Removal) -> tuple[Call, list[Path]]:
         arguments = _replaced(arguments, path, _renumbered(literal, notes.remaps[path], notes.tables.get(path), removal))
     arguments.update(explicit)
     return Call(target, arguments), [*changed, *cropped, *renumbered, *((k,) for k in explicit)]
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Returns a node's arguments by schema name."""
-    target: Any = node.target
-    names = [a.name for a in target._schema.arguments]  # noqa: SLF001 (the schema is documented)
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _lowered(value: Any, node: fx.Node, removal: Removal) -> Any:

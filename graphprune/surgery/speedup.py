@@ -186,9 +186,7 @@ class _Surgeon:
     def _verdict(self, small: nn.Module, check: Check | None, reference: Reference | None, broken: Sequence[str], *, simple: bool) -> str:
         """Returns why a shrunk module of the model's own class may not be returned, or ""."""
         name = type(small).__name__
-        if check is None and not broken:
-            return "" if runs_as_recorded(small, self.removal) else f"{name}.forward states sizes, or goes by those that it meets"
-        if check is not None and check.passed:
+        if not broken if check is None else check.passed:
             return "" if runs_as_recorded(small, self.removal) else f"{name}.forward goes by the sizes that it meets"
         if broken:
             more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
