@@ -140,15 +140,7 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
         Raises:
             FileError: the folder does not exist or is not writable.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            save_file({k: v.astype(np.uint8) for k, v in self._kept.items()}, temporary, {"fingerprint": self.graph.fingerprint})
-            temporary.replace(target)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise FileError(f"cannot write masks to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error
+        write_flags(path, self._kept, {"fingerprint": self.graph.fingerprint})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], graph: DependencyGraph) -> Masks:
@@ -158,15 +150,45 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
             FileError: the file is missing or is no safetensors file.
             MaskError: the masks were made for another model.
         """
-        try:
-            with safe_open(str(path), framework="numpy") as file:
-                fingerprint = (file.metadata() or {}).get("fingerprint")
-                kept = {k: file.get_tensor(k).astype(bool) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise FileError(f"cannot read masks from {str(path)!r}: {error}", "Pass a file written by Masks.save") from error
-        if fingerprint != graph.fingerprint:
+        kept, metadata = read_flags(path, "Masks.save")
+        if metadata.get("fingerprint") != graph.fingerprint:
             raise MaskError(f"the masks in {str(path)!r} were made for another model", "Make masks for this model")
         return cls(graph, kept)
+
+
+def write_flags(path: str | os.PathLike[str], flags: Mapping[str, NDArray[np.bool_]], metadata: dict[str, str]) -> None:
+    """Writes boolean arrays by name, of any shapes, as one safetensors file of bytes 0 and 1; atomically.
+
+    Raises:
+        FileError: the folder does not exist or is not writable.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: array.astype(np.uint8) for name, array in flags.items()}, temporary, metadata)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise FileError(f"cannot write masks to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error
+
+
+def read_flags(path: str | os.PathLike[str], writer: str) -> tuple[dict[str, NDArray[np.bool_]], dict[str, str]]:
+    """Returns what `write_flags` wrote: the arrays and the metadata.
+
+    Args:
+        path: the file.
+        writer: the call that writes such files, for the error.
+
+    Raises:
+        FileError: the file is missing or is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            flags = {name: file.get_tensor(name).astype(bool) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return flags, dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"cannot read masks from {str(path)!r}: {error}", f"Pass a file written by {writer}") from error
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -221,9 +243,19 @@ def checked_tensors(model: nn.Module, graph: DependencyGraph) -> dict[str, torch
         MaskError: a parameter is missing or has another shape.
         InputError: the model is on the meta device.
     """
+    return tensors_of(model, graph.shapes)
+
+
+def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Returns the model's parameters and buffers by name, after checking that those in `shapes` are among them, of these shapes.
+
+    Raises:
+        MaskError: a parameter is missing or has another shape.
+        InputError: the model is on the meta device.
+    """
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
-    for name, shape in graph.shapes.items():
+    for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(shape):
             is_ = found if found is not None else "missing"

@@ -17,16 +17,36 @@ _SHOWN = 5  # names listed in a message before it says how many more there are
 
 
 @dataclass(frozen=True)
+class Trait:
+    """What the layers that can be selected have in common and other modules do not, in the words of error messages.
+
+    Attributes:
+        has: of one layer that has it.
+        lacks: of one module that does not.
+        lack: of several.
+    """
+
+    has: str
+    lacks: str
+    lack: str
+
+
+CHANNELS = Trait("produces channels", "produces no channels", "produce no channels")
+
+
+@dataclass(frozen=True)
 class Names:
     """The names of a model, each with the class name of its module.
 
     Attributes:
-        layers: the layers that produce channels, in the model's order.
+        layers: the layers that can be selected (as a rule those that produce channels), in the model's order.
         others: all other modules; only used to say more in errors.
+        trait: what sets the layers apart.
     """
 
     layers: Mapping[str, str]
     others: Mapping[str, str]
+    trait: Trait = CHANNELS
 
 
 def select(selectors: Mapping[str, tuple[str, ...]], where: str, names: Names) -> list[str]:
@@ -63,7 +83,7 @@ def _containing(part: str, where: str, names: Names) -> set[str]:
         return matching
     touched = [name for name in names.others if part in name]
     if touched:
-        what = f"{where} lists {part!r}, which only occurs in modules that produce no channels: {_listed(touched)}"
+        what = f"{where} lists {part!r}, which only occurs in modules that {names.trait.lack}: {_listed(touched)}"
     else:
         pieces = dict.fromkeys((*(piece for name in names.layers for piece in name.split(".")), *names.layers))
         what = f"{where} lists {part!r}, which occurs in no layer's name{_hint(part, pieces)}"
@@ -71,25 +91,25 @@ def _containing(part: str, where: str, names: Names) -> set[str]:
 
 
 def check_name(name: str, where: str, names: Names) -> str:
-    """Returns `name` if it is a layer that produces channels; raises ConfigError, with a suggestion, if not."""
+    """Returns `name` if it is a layer that can be selected; raises ConfigError, with a suggestion, if not."""
     if name in names.layers:
         return name
     if name in names.others:
-        what = f"{where} names {name!r}, a {names.others[name]}, which produces no channels of its own"
+        what = f"{where} names {name!r}, a {names.others[name]}, which {names.trait.lacks} of its own"
         inside = any(layer.startswith(f"{name}.") for layer in names.layers)
         fix = f"Write 'op_partial_names': ['{name}.'] for the layers inside it" if inside else f"Name one of {_listed(names.layers)}"
         raise ConfigError(what, fix)
     what = f"{where} names {name!r}, which the model does not have{_hint(name, names.layers)}"
-    raise ConfigError(what, f"Name a layer that produces channels: {_listed(names.layers)}")
+    raise ConfigError(what, f"Name a layer that {names.trait.has}: {_listed(names.layers)}")
 
 
 def _check_type(name: str, where: str, names: Names) -> None:
-    """Raises unless some layer that produces channels is of the type `name`."""
+    """Raises unless some layer that can be selected is of the type `name`."""
     types = dict.fromkeys((DEFAULT_TYPE, *names.layers.values()))
     if name in types:
         return
     if name in names.others.values():
-        what = f"{where} lists {name!r}, but the model's modules of this type produce no channels of their own"
+        what = f"{where} lists {name!r}, but the model's modules of this type {names.trait.lack} of their own"
     else:
         what = f"{where} lists {name!r}, and the model has no layer of this type{_hint(name, types)}"
     raise ConfigError(what, f"Use one of {', '.join(types)}")
