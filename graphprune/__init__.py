@@ -4,9 +4,26 @@ A model's forward pass is recorded as a graph of operators; one rule per operato
 scores them; masks say what stays; a speedup removes the rest physically and checks that the result computes what the masked model does.
 """
 
+from graphprune.budgets import Budget
 from graphprune.calibration import recalibrate
 from graphprune.cost import Cost, count
-from graphprune.criteria import L1, Criterion
+from graphprune.criteria import (
+    FPGM,
+    L1,
+    L2,
+    LAMP,
+    APoZ,
+    BNScale,
+    Criterion,
+    HessianDiagonal,
+    MeanActivation,
+    Part,
+    Random,
+    Taylor,
+    TaylorGroup,
+    Wanda,
+)
+from graphprune.elements import ElementMasks
 from graphprune.errors import (
     ConfigError,
     ExportError,
@@ -22,7 +39,19 @@ from graphprune.graph import DependencyGraph, Frozen, Group, Slice
 from graphprune.groups import trace
 from graphprune.latency import LatencyReport, measure_latency
 from graphprune.masks import Masks
-from graphprune.pruners import L1NormPruner, Pruner
+from graphprune.pruners import (
+    ActivationAPoZRankPruner,
+    ActivationMeanRankPruner,
+    ADMMPruner,
+    FPGMPruner,
+    L1NormPruner,
+    L2NormPruner,
+    LevelPruner,
+    Pruner,
+    SlimPruner,
+    TaylorFOWeightPruner,
+    WeightSparsity,
+)
 from graphprune.pruning import prune
 from graphprune.recipes import Recipe, load, save
 from graphprune.surgery.report import SpeedupReport
@@ -31,28 +60,51 @@ from graphprune.surgery.speedup import speedup
 __version__ = "0.1.0"
 
 __all__ = [
+    "FPGM",
     "L1",
+    "L2",
+    "LAMP",
+    "ADMMPruner",
+    "APoZ",
+    "ActivationAPoZRankPruner",
+    "ActivationMeanRankPruner",
+    "BNScale",
+    "Budget",
     "ConfigError",
     "Cost",
     "Criterion",
     "DependencyGraph",
+    "ElementMasks",
     "ExportError",
     "ExportReport",
+    "FPGMPruner",
     "FileError",
     "Frozen",
     "GraphPruneError",
     "Group",
+    "HessianDiagonal",
     "InputError",
     "L1NormPruner",
+    "L2NormPruner",
     "LatencyReport",
+    "LevelPruner",
     "MaskError",
     "Masks",
+    "MeanActivation",
+    "Part",
     "Pruner",
+    "Random",
     "Recipe",
     "Slice",
+    "SlimPruner",
     "SpeedupReport",
+    "Taylor",
+    "TaylorFOWeightPruner",
+    "TaylorGroup",
     "TraceError",
     "VerificationError",
+    "Wanda",
+    "WeightSparsity",
     "count",
     "export_onnx",
     "load",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -18,18 +19,60 @@ Rounding: TypeAlias = Literal["floor", "ceil"]
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much of the model's cost is to go: exactly one of the two.
+
+    Attributes:
+        macs: fraction of the MACs to remove, in (0, 1).
+        params: fraction of the parameters to remove, in (0, 1).
+
+    Raises:
+        ConfigError: none or both are given, or one is no such fraction.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"a budget of {' and '.join(given) or 'nothing'}", "Give one of macs= and params=, such as Budget(macs=0.5)")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+                raise ConfigError(f"a budget of {name}={value!r}", "Give the fraction to remove, between 0 and 1, such as 0.5 for one half")
+
+    @property
+    def unit(self) -> str:
+        """What is counted: "macs" or "params"."""
+        return "macs" if self.macs is not None else "params"
+
+    @property
+    def removed(self) -> float:
+        """The fraction to remove."""
+        return float(self.macs if self.macs is not None else self.params or 0.0)
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.removed:.1%} of the {'MACs' if self.unit == 'macs' else 'parameters'}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was asked of each group, for the report.
 
     Attributes:
         requested: group name -> sparsity asked for.
+        layers: layer -> sparsity asked for by its config entry.
         notes: group name -> why it lost less than it could.
         seconds: wall time spent before the speedup.
+        budget: what was asked of the whole model, if that was not sparsities.
     """
 
     requested: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget | None = None
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 def kept_count(channels: int, sparsity: float, rounding: Rounding = "floor", round_to: int = 1) -> int:
@@ -56,33 +99,101 @@ def kept_count(channels: int, sparsity: float, rounding: Rounding = "floor", rou
     return min(max(count, min(round_to, channels), 1), channels)
 
 
-def global_counts(
-    scores: Mapping[str, NDArray[np.float64]], sparsity: float, most: Mapping[str, float], rounding: Rounding = "floor", round_to: int = 1
-) -> dict[str, int]:
-    """Returns how many channels of each group stay when one ranking over all of them decides.
+class Ranking:
+    """The order in which channels of several groups go, and how many each group has left after any number of steps.
 
-    Scores are divided by their group's mean first, as raw norms of layers of different shapes cannot be compared.
+    A step takes one channel of one group, or as many as lead to the next multiple of `round_to`. Within a group the lowest scores go
+    first.
 
     Args:
         scores: group name -> score per channel, higher = keep.
-        sparsity: fraction of all channels to remove, in [0, 1).
-        most: group name -> the largest fraction that this group may lose, in [0, 1]; at least one channel stays whatever it says.
-        rounding: as in `kept_count`.
-        round_to: as in `kept_count`.
+        most: group name -> the largest fraction that this group may lose, in [0, 1]; at least one channel (where there are enough,
+            `round_to`) stays whatever it says.
+        round_to: kept counts are multiples of this, or all.
+        order: "global" compares scores of different groups; "even" lets all groups lose the same fraction.
+        comparable: whether scores of different groups compare as they are; otherwise they are divided by their group's mean magnitude
+            first, as raw norms of layers of different shapes cannot be compared.
     """
-    names = list(scores)
-    sizes = np.array([scores[n].size for n in names])
-    floors = [max(1, scores[n].size - int(round(scores[n].size * most.get(n, 1.0), 9))) for n in names]
-    relative = np.concatenate([scores[n] / scores[n].mean() if scores[n].mean() > 0 else scores[n] for n in names])
-    owner = np.repeat(np.arange(len(names)), sizes)
-    remaining = int(sizes.sum()) - kept_count(int(sizes.sum()), sparsity, rounding)
-    left = sizes.tolist()
-    for position in np.argsort(relative, kind="stable").tolist():
-        group = int(owner[position])
-        if remaining and left[group] > floors[group]:
-            left[group] -= 1
-            remaining -= 1
-    return {n: kept_count(int(sizes[i]), 1.0 - left[i] / sizes[i], rounding, round_to) for i, n in enumerate(names)}
+
+    def __init__(
+        self,
+        scores: Mapping[str, NDArray[np.float64]],
+        most: Mapping[str, float],
+        round_to: int = 1,
+        order: Literal["global", "even"] = "global",
+        *,
+        comparable: bool = False,
+    ) -> None:
+        self.names = list(scores)
+        self.sizes = np.array([scores[n].size for n in self.names], dtype=np.int64)
+        self.least: dict[str, int] = {}  # the fewest channels that each group can be left with
+        keys, owners, taken = [], [], []
+        for number, name in enumerate(self.names):
+            values = scores[name]
+            left = _steps(values.size, most.get(name, 1.0), round_to)
+            self.least[name] = left[-1]
+            if len(left) > 1:
+                gone = values.size - np.array(left)
+                keys.append(_keys(values, gone, order, comparable=comparable))
+                owners.append(np.full(gone.size - 1, number))
+                taken.append(np.diff(gone))
+        self._owners = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
+        self._taken = np.concatenate(taken) if taken else np.zeros(0, dtype=np.int64)
+        ordered = np.argsort(np.concatenate(keys), kind="stable") if keys else np.zeros(0, dtype=np.int64)
+        self._owners, self._taken = self._owners[ordered], self._taken[ordered]
+
+    def __len__(self) -> int:
+        """The number of steps there are."""
+        return int(self._owners.size)
+
+    def counts(self, steps: int) -> dict[str, int]:
+        """Returns group name -> how many channels are left after some steps."""
+        gone = np.bincount(self._owners[:steps], weights=self._taken[:steps], minlength=len(self.names)).astype(np.int64)
+        return dict(zip(self.names, (self.sizes - gone).tolist(), strict=True))
+
+    def reaching(self, cost: Callable[[dict[str, int]], float], target: float, rounding: Rounding = "floor") -> int:
+        """Returns after how many steps a cost first is at most `target` ("floor"), or how many can be taken before it is less ("ceil").
+
+        Args:
+            cost: from the counts that are left to the cost, which no step raises.
+            target: what to come down to.
+            rounding: which side of the target to end on; both are within one step of it.
+        """
+        low, high = 0, len(self)  # the first number of steps that reaches the target is in low..high, or there is none
+        while low < high:
+            middle = (low + high) // 2
+            if cost(self.counts(middle)) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return low if rounding == "floor" or low == 0 or cost(self.counts(low)) >= target else low - 1
+
+
+def least_kept(size: int, most: float, round_to: int = 1) -> int:
+    """Returns how many of `size` channels must stay where at most the fraction `most` may go, and at least one multiple of `round_to`."""
+    floor = max(1, size - int(round(size * most, 9)), min(round_to, size))
+    return min(-(-floor // round_to) * round_to, size)
+
+
+def _steps(size: int, most: float, round_to: int) -> list[int]:
+    """Returns the counts that a group may be left with, falling."""
+    floor = least_kept(size, most, round_to)
+    return [size, *(n for n in range(size - 1, floor - 1, -1) if n % round_to == 0)]
+
+
+def _keys(values: NDArray[np.float64], gone: NDArray[np.int64], order: str, *, comparable: bool) -> NDArray[np.float64]:
+    """Returns by what each step of one group is ranked, never falling: what its channels score on average, or what is gone after it."""
+    if order == "even":
+        even: NDArray[np.float64] = gone[1:] / values.size
+        return even
+    mean = np.abs(values).mean()
+    ascending = np.sort(values if comparable or mean <= 0 else values / mean)
+    sums = np.concatenate([[0.0], np.cumsum(ascending)]) if gone.size - 1 < ascending.size and (np.diff(gone) > 1).any() else None
+    if sums is None:
+        single: NDArray[np.float64] = ascending[gone[1:] - 1]
+        return single
+    mixed: NDArray[np.float64] = np.maximum.accumulate(np.diff(sums[gone]) / np.diff(gone))
+    return mixed
 
 
 def keep_highest(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:

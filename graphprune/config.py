@@ -18,6 +18,7 @@ key                               meaning
 ``op_names``                      qualified names
 ``op_partial_names``              parts of qualified names
 ``exclude``                       True: the selected layers keep all their channels
+``rho``                           `ADMMPruner` only: weight of its penalty on the selected layers, above 0
 ================================  ===========================================================================================
 
 Names and partial names add up; types narrow them down. An entry with a sparsity and no selector takes every layer that produces
@@ -26,18 +27,20 @@ channels. The last entry that selects a layer wins, whether it prunes or exclude
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from graphprune.errors import ConfigError, nearest
-from graphprune.selectors import DEFAULT_TYPE, SELECTORS, Names, check_name, select
+from graphprune.selectors import CHANNELS, DEFAULT_TYPE, SELECTORS, Names, Trait, check_name, select
 
 ConfigList: TypeAlias = Sequence[Mapping[str, object]]
 
 _AMOUNTS = ("sparsity", "sparsity_per_layer", "total_sparsity")
 _KEYS = (*_AMOUNTS, "max_sparsity_per_layer", *SELECTORS, "exclude")
+_OWN_KEYS = {"rho": "ADMMPruner"}  # keys that one pruner alone understands
 _SCHEDULE_KEYS = frozenset({"initial_sparsity", "final_sparsity", "start_epoch", "end_epoch", "frequency"})
 
 
@@ -50,12 +53,14 @@ class LayerConfig:
         sparsity: fraction of this layer's channels to remove, in [0, 1), already lowered to `max_sparsity`.
         total: fraction of the channels of all layers of the entry to remove, in [0, 1).
         max_sparsity: the most that this layer may lose, in (0, 1].
+        asked: `sparsity` before it was lowered, for reports.
     """
 
     entry: int
     sparsity: float | None = None
     total: float | None = None
     max_sparsity: float = 1.0
+    asked: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class _Entry:
         """Builds the config that this entry gives to the layer `name`."""
         cap = self.caps.get(name, self.cap)
         sparsity = None if self.sparsity is None else min(self.sparsity, cap)
-        return LayerConfig(entry=self.index, sparsity=sparsity, total=self.total, max_sparsity=cap)
+        return LayerConfig(entry=self.index, sparsity=sparsity, total=self.total, max_sparsity=cap, asked=self.sparsity)
 
 
 def check_sparsity(value: object, where: str) -> float:
@@ -108,22 +113,31 @@ def check_sparsity(value: object, where: str) -> float:
     return number
 
 
-def resolve(config_list: ConfigList, layers: Mapping[str, str], others: Mapping[str, str] | None = None) -> ResolvedConfig:
+def resolve(
+    config_list: ConfigList,
+    layers: Mapping[str, str],
+    others: Mapping[str, str] | None = None,
+    trait: Trait = CHANNELS,
+    *,
+    amounts: bool = True,
+) -> ResolvedConfig:
     """Decides for every layer which entry of the config list applies to it.
 
     Args:
         config_list: the entries, see the module's table.
-        layers: qualified name to class name of every layer that produces channels, in the model's order.
+        layers: qualified name to class name of every layer that can be selected, in the model's order.
         others: qualified name to class name of the model's other modules; only used to say more in errors.
+        trait: what the layers have in common, in words for the errors.
+        amounts: whether entries say how much goes; with a budget they only say where.
 
     Raises:
         ConfigError: if the list or an entry is malformed, contradicts itself, or selects no layer.
     """
-    entries = [_parse(index, entry) for index, entry in enumerate(_entries(config_list))]
+    entries = [_parse(index, entry, amounts=amounts) for index, entry in enumerate(_entries(config_list))]
     if not layers:
-        what = "the config list cannot select anything: the model has no layer that produces channels"
+        what = f"the config list cannot select anything: the model has no layer that {trait.has}"
         raise ConfigError(what, "Pass a model with convolutions, linear layers or embeddings that are not frozen")
-    names = Names(layers, others or {})
+    names = Names(layers, others or {}, trait)
     winner: dict[str, _Entry] = {}
     for entry in entries:
         where = f"config_list[{entry.index}]"
@@ -152,7 +166,7 @@ def _entries(config_list: object) -> Iterable[Mapping[object, object]]:
     return config_list
 
 
-def _parse(index: int, entry: Mapping[object, object]) -> _Entry:
+def _parse(index: int, entry: Mapping[object, object], *, amounts: bool) -> _Entry:
     """Turns one dict into a validated entry."""
     for key in entry:
         _check_key(index, key)
@@ -161,18 +175,18 @@ def _parse(index: int, entry: Mapping[object, object]) -> _Entry:
     if not isinstance(exclude, bool):
         what = f"config_list[{index}]['exclude'] is {exclude!r}, neither True nor False"
         raise ConfigError(what, "Write 'exclude': True, or leave the key out")
-    _check_combination(index, given, exclude=exclude)
-    amounts = {key: check_sparsity(given[key], f"config_list[{index}][{key!r}]") for key in _AMOUNTS if key in given}
+    _check_combination(index, given, exclude=exclude, amounts=amounts)
+    given_amounts = {key: check_sparsity(given[key], f"config_list[{index}][{key!r}]") for key in _AMOUNTS if key in given}
     cap, caps = _parse_caps(given.get("max_sparsity_per_layer", 1.0), f"config_list[{index}]['max_sparsity_per_layer']")
-    for key, amount in amounts.items():
+    for key, amount in given_amounts.items():
         if amount > cap:
             what = f"config_list[{index}] asks for {key} {amount:g} but allows a max_sparsity_per_layer of {cap:g}"
             raise ConfigError(what, "Raise the maximum or lower the sparsity")
     return _Entry(
         index=index,
         exclude=exclude,
-        sparsity=amounts.get("sparsity", amounts.get("sparsity_per_layer")),
-        total=amounts.get("total_sparsity"),
+        sparsity=given_amounts.get("sparsity", given_amounts.get("sparsity_per_layer")),
+        total=given_amounts.get("total_sparsity"),
         cap=cap,
         caps=caps,
         selectors={key: _parse_names(given[key], key, f"config_list[{index}][{key!r}]") for key in SELECTORS if key in given},
@@ -183,6 +197,9 @@ def _check_key(index: int, key: object) -> None:
     """Raises unless `key` is one of the known keys."""
     if key in _KEYS:
         return
+    if key in _OWN_KEYS:
+        what = f"config_list[{index}] has the key {key!r}, which only {_OWN_KEYS[str(key)]} understands"
+        raise ConfigError(what, f"Remove the key, or use {_OWN_KEYS[str(key)]}")
     if key in _SCHEDULE_KEYS:
         what = f"config_list[{index}] has the key {key!r}, which describes a schedule over time and no layer"
         raise ConfigError(what, "Write the sparsity to reach as 'sparsity' and drop the other keys of the schedule")
@@ -191,9 +208,9 @@ def _check_key(index: int, key: object) -> None:
     raise ConfigError(what, f"Use the keys {', '.join(_KEYS)}")
 
 
-def _check_combination(index: int, given: Mapping[str, object], *, exclude: bool) -> None:
-    """Raises unless an entry prunes by one amount or excludes, and not both."""
-    amounts = [key for key in _AMOUNTS if key in given]
+def _check_combination(index: int, given: Mapping[str, object], *, exclude: bool, amounts: bool) -> None:
+    """Raises unless an entry prunes by one amount (by none where a budget says how much goes) or excludes, and not both."""
+    found = [key for key in _AMOUNTS if key in given]
     entry = f"config_list[{index}]"
     if exclude:
         surplus = [key for key in (*_AMOUNTS, "max_sparsity_per_layer") if key in given]
@@ -203,10 +220,12 @@ def _check_combination(index: int, given: Mapping[str, object], *, exclude: bool
         if not any(key in given for key in SELECTORS):
             what = f"{entry} excludes every layer, because it selects none in particular"
             raise ConfigError(what, f"Add one of {', '.join(SELECTORS)}")
-    elif len(amounts) > 1:
-        what = f"{entry} gives both {' and '.join(amounts)}"
+    elif not amounts and found:
+        raise ConfigError(f"{entry} gives {found[0]}, and a budget says already how much goes", f"Remove {found[0]!r}, or the budget")
+    elif len(found) > 1:
+        what = f"{entry} gives both {' and '.join(found)}"
         raise ConfigError(what, "Keep one of them: sparsity is per layer, total_sparsity is for all layers of the entry together")
-    elif not amounts:
+    elif amounts and not found:
         what = f"{entry} gives no sparsity and does not exclude"
         raise ConfigError(what, "Add 'sparsity' or 'total_sparsity', or 'exclude': True")
 
@@ -225,6 +244,30 @@ def _check_cap(value: object, where: str) -> float:
         what = f"{where} is {value!r}, outside (0, 1]"
         raise ConfigError(what, "Give a fraction, such as 0.9; use 'exclude': True to keep a layer whole")
     return number
+
+
+def split_rho(config_list: ConfigList, default: float) -> tuple[list[Any], list[float]]:
+    """Returns the entries without their "rho", and the rho of every entry, for the pruner that understands this key.
+
+    Args:
+        config_list: the entries.
+        default: rho of entries that have none.
+
+    Raises:
+        ConfigError: the list is no list of dicts, a rho is no finite number above 0, or its entry excludes layers.
+    """
+    entries, found = [], []
+    for index, entry in enumerate(_entries(config_list)):
+        where = f"config_list[{index}]"
+        value = entry.get("rho", default)
+        if "rho" in entry and entry.get("exclude") is True:
+            raise ConfigError(f"{where} excludes layers and gives rho at the same time", "Remove either 'exclude' or 'rho'")
+        fix = "Give a number above 0, such as 1e-4"
+        if not 0 < (number := _number(value, f"{where}['rho']", fix)) < math.inf:
+            raise ConfigError(f"{where}['rho'] is {value!r}, not above 0 and finite", fix)
+        found.append(number)
+        entries.append({key: item for key, item in entry.items() if key != "rho"})
+    return entries, found
 
 
 def _number(value: object, where: str, fix: str) -> float:

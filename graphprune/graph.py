@@ -136,6 +136,7 @@ class DependencyGraph:
         modules: qualified name -> class name of all modules.
         shapes: parameter (and member buffer) name -> shape.
         aliases: other names of tied parameters -> the name used here.
+        scales: names of parameters that scale channels after a norm of each channel's own (gamma of a batch norm).
         edges: layer-level dataflow: (producer layer, consumer layer, operator that connects them last).
         seconds: wall time of "trace" and "groups".
         engine: the recorded program with its labels (private to the package).
@@ -151,6 +152,7 @@ class DependencyGraph:
     edges: tuple[tuple[str, str, str], ...]
     seconds: Mapping[str, float]
     engine: Any = field(repr=False, default=None)
+    scales: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[Group]:
         """Iterates over the groups."""

@@ -117,6 +117,7 @@ def gather(analysis: Analysis) -> DependencyGraph:
         edges=tuple(dataflow(analysis)),
         seconds={},
         engine=analysis,
+        scales=frozenset(name for notes in analysis.notes.values() for name in notes.scales),
     )
 
 

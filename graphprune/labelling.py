@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,11 @@ class Analysis:
         if not isinstance(labels, np.ndarray):
             return np.arange(size)
         return np.flatnonzero(~self.table.removed(labels, flags))
+
+
+def operators(program: Program) -> Iterator[fx.Node]:
+    """Returns the operators of a recording, in order."""
+    return (n for n in program.graph.nodes if n.op == "call_function" and "constant" in n.meta and hasattr(n.target, "_schema"))
 
 
 def label(program: Program) -> Analysis:

@@ -18,7 +18,7 @@ import torch
 from graphprune.decisions import decision, freeze_decided, rounds_matter
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.inputs import tensors_in
-from graphprune.labelling import Analysis, extend
+from graphprune.labelling import Analysis, extend, operators
 from graphprune.surgery.rewriting import Removal
 from graphprune.tracing import record
 from graphprune.verification import difference, gathered, over_kept
@@ -178,11 +178,6 @@ def _relabelled(removal: Removal, program: Program) -> Removal:
                 what = f"the masked model decides by its values to take a path that was not recorded, on which {name!r} has other channels"
                 raise InputError(what, "Trace with example inputs that take both paths, or exclude the layers that decide")
     return made
-
-
-def operators(program: Program) -> Iterator[fx.Node]:
-    """Returns the operators of a recording, in order."""
-    return (n for n in program.graph.nodes if n.op == "call_function" and "constant" in n.meta and hasattr(n.target, "_schema"))
 
 
 def _same(mine: fx.Node, theirs: fx.Node) -> bool:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.config import check_sparsity
 from graphprune.criteria import Criterion, criterion_named
-from graphprune.pruners.base import Cut, Pruner
+from graphprune.data import source
+from graphprune.errors import ConfigError
+from graphprune.pruners.base import Mode, Options, Pruner
+from graphprune.pruners.families import Cut
+from graphprune.scoring import Aggregation, Scope
 from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from graphprune.budgets import Rounding
+    from graphprune.budgets import Budget, Rounding
 
 
 def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
@@ -23,8 +28,14 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
     sparsity: float = 0.5,
     criterion: str | Criterion = "l1",
     *,
+    budget: Budget | None = None,
     config_list: Sequence[Mapping[str, Any]] | None = None,
     exclude: Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    mode: Mode | None = None,
+    aggregation: Aggregation = "sum",
+    scope: Scope = "producers",
     rounding: Rounding = "floor",
     round_to: int = 1,
     cut: Cut = "blocks",
@@ -37,10 +48,16 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
     Args:
         model: any module; left as it is unless `inplace`.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or (arguments, keyword arguments).
-        sparsity: fraction of every group's channels to remove, in [0, 1); ignored when a config list is given.
-        criterion: name of a criterion, or one.
-        config_list: entries as in the seeds, in place of one sparsity for all.
+        sparsity: fraction of every group's channels to remove, in [0, 1); ignored when a config list or a budget is given.
+        criterion: name of a criterion (see `graphprune.criteria.CRITERIA`), or one.
+        budget: a fraction of the MACs or parameters to remove, such as ``Budget(macs=0.5)``, in place of a sparsity.
+        config_list: entries as in the seeds, in place of one sparsity for all; with a budget, which layers lose channels.
         exclude: qualified names of layers whose channels stay.
+        data: batches of (inputs, targets), or of inputs alone, for criteria that look at data.
+        loss: from a batch's output and targets to a scalar, for criteria that look at gradients.
+        mode: "global" ranks all groups together; see `Pruner`.
+        aggregation: how the scores of coupled layers are put together, see `Pruner`.
+        scope: whose weights count, see `Pruner`.
         rounding: of the kept counts, "floor" or "ceil".
         round_to: kept counts are multiples of this where there are enough channels.
         cut: what goes where a dimension is cut into equal blocks, see `Pruner`.
@@ -58,11 +75,17 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
     >>> small[0].out_features, small[2].in_features, report.verified
     (8, 8, True)
     """
-    entries: list[Mapping[str, Any]] = list(config_list) if config_list is not None else [
-        {"sparsity": check_sparsity(sparsity, "sparsity"), "op_types": ["default"]}]  # fmt: skip
+    if mode == "normal":
+        raise ConfigError("mode 'normal' makes no model smaller", "Use another mode, or a pruner's compress() for masks of single layers")
+    everywhere: Mapping[str, Any] = {"op_types": ["default"]}
+    amount = {} if budget is not None else {"sparsity": check_sparsity(sparsity, "sparsity")}
+    entries = list(config_list) if config_list is not None else [{**amount, **everywhere}]
     if exclude:
         entries.append({"exclude": True, "op_names": list(exclude)})
-    options: dict[str, Any] = {"rounding": rounding, "round_to": round_to, "cut": cut, "keep_class": keep_class}
-    pruner = Pruner(model, entries, criterion_named(criterion), example_inputs, **options)
+    chosen = criterion_named(criterion)
+    found = None if data is None else source(data=data, loss=loss, who=f"criterion {type(chosen).__name__}")
+    options: Options = {"mode": mode or "dependency_aware", "budget": budget, "aggregation": aggregation, "scope": scope, "source": found,
+                        "rounding": rounding, "round_to": round_to, "cut": cut, "keep_class": keep_class}  # fmt: skip
+    pruner = Pruner(model, entries, chosen, example_inputs, **options)
     masks = pruner.masks()
     return speedup(model, masks, verify=verify, inplace=inplace, plan=pruner.plan, result="module" if keep_class else "auto")

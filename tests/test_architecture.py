@@ -22,11 +22,14 @@ LAYERS = (
     {"ops"},
     {"caches", "contexts", "decisions", "probing", "tracing", "labelling", "aliasing", "provenance", "footprints", "groups"},
     {"arithmetic"},
-    {"masks", "criteria", "budgets", "calibration", "cost", "pruners"},
+    {
+        *("masks", "elements", "criteria", "scoring", "budgets", "calibration", "cost", "forecast"),
+        *("data", "rehearsal", "observing", "distributed", "training", "pruners"),
+    },
     {"surgery", "verification", "lockstep", "references", "recipes"},
     {"export", "latency", "pruning"},
     {"schedules", "search"},
-    {"report", "cli", "demo", "__init__", "__main__"},
+    {"report", "compat", "cli", "demo", "__init__", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

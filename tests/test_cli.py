@@ -91,6 +91,13 @@ def wide():
 def needy(width):
     return Net(width)
 
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)) for _ in range(3)]
+
+def squared(output, target):
+    return output.square().mean()
+
 instance = Net()
 WIDTH = 8
 '''
@@ -233,6 +240,37 @@ def test_prune_options(net: str, tmp_path: Path, options: tuple[object, ...], ke
     """Options reach the engine: the kept counts are those of the formulas int(n (1 - s)) and n - int(n s)."""
     facts = done("prune", net, *IMAGE, "--out", tmp_path, "--no-onnx", *options)
     assert {group["name"]: group["kept"] for group in facts["groups"]} == kept
+
+
+def test_prune_meets_a_budget(net: str, tmp_path: Path) -> None:
+    """--macs and --params say how much goes, of all groups together or evenly; the report holds what was asked beside what went."""
+    facts = done("prune", net, *IMAGE, "--out", tmp_path / "macs", "--no-onnx", "--macs", 0.5, "--mode", "global")
+    assert facts["budget"] == {"unit": "macs", "removed": 0.5}
+    assert 0.3 * facts["before"]["macs"] < facts["after"]["macs"] <= 0.5 * facts["before"]["macs"]
+    facts = done("prune", net, *IMAGE, "--out", tmp_path / "params", "--no-onnx", "--params", 0.5)
+    assert 0.3 * facts["before"]["params"] < facts["after"]["params"] <= 0.5 * facts["before"]["params"]
+
+
+@pytest.mark.parametrize(
+    "criterion", ["l2", "fpgm", "lamp", "random", "apoz", "mean_activation", "wanda", "taylor", "taylor_group", "hessian"]
+)
+def test_prune_takes_criteria_and_data(models: Path, tmp_path: Path, criterion: str) -> None:
+    """Every criterion that fits the network prunes it, with batches and a loss by name."""
+    shown = ("--data", f"{models}:batches", "--loss", "cross_entropy" if criterion == "taylor" else f"{models}:squared")
+    facts = done("prune", f"{models}:Net", *IMAGE, "--out", tmp_path, "--no-onnx", "--criterion", criterion, *shown)
+    assert {group["name"]: group["kept"] for group in facts["groups"]} == {"stem": 4, "mid": 3}
+    assert facts["effect"] > 1e-3
+    assert facts["asked"]["criterion"] == criterion
+
+
+def test_data_decides_what_a_data_criterion_keeps(models: Path, tmp_path: Path) -> None:
+    """The channels that go by mean activation are those that the library removes with the same batches."""
+    named = find(f"{models}:Net").build()
+    data = find(f"{models}:batches").make()
+    small, _ = graphprune.prune(named, data[0][0], criterion="mean_activation", data=data)
+    arguments = ("--out", tmp_path, "--no-onnx", "--criterion", "mean_activation", "--data", f"{models}:batches")
+    done("prune", f"{models}:Net", "--input", "4,3,8,8", *arguments)
+    assert torch.equal(load_file(tmp_path / "pruned.safetensors")["stem.weight"], small.state_dict()["stem.weight"])
 
 
 def test_prune_takes_a_config_list(net: str, tmp_path: Path) -> None:
@@ -448,7 +486,16 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "sparsity of one": (("prune", "{net}", *IMAGE, "--sparsity", "1", "--out", "{out}"), "[0, 1)"),
     "negative sparsity": (("prune", "{net}", *IMAGE, "--sparsity", "-0.1", "--out", "{out}"), "[0, 1)"),
     "no number": (("prune", "{net}", *IMAGE, "--sparsity", "half", "--out", "{out}"), "--sparsity"),
-    "unknown criterion": (("prune", "{net}", *IMAGE, "--criterion", "l7", "--out", "{out}"), "l1"),
+    "unknown criterion": (("prune", "{net}", *IMAGE, "--criterion", "l7", "--out", "{out}"), "no criterion is called 'l7'"),
+    "two amounts": (("prune", "{net}", *IMAGE, "--macs", "0.5", "--sparsity", "0.5", "--out", "{out}"), "both say how much goes"),
+    "budget of all": (("prune", "{net}", *IMAGE, "--macs", "1", "--out", "{out}"), "between 0 and 1"),
+    "no data": (("prune", "{net}", *IMAGE, "--criterion", "apoz", "--out", "{out}"), "needs data"),
+    "no loss": (
+        ("prune", "{net}", *IMAGE, "--criterion", "taylor", "--data", "{folder}/tiny_models.py:batches", "--out", "{out}"),
+        "Pass loss=",
+    ),
+    "unknown loss": (("prune", "{net}", *IMAGE, "--loss", "cross_entropie", "--out", "{out}"), "is no loss function"),
+    "data is no data": (("prune", "{net}", *IMAGE, "--data", "{folder}/tiny_models.py:WIDTH", "--out", "{out}"), "not batches"),
     "unknown rounding": (("prune", "{net}", *IMAGE, "--rounding", "up", "--out", "{out}"), "floor"),
     "unknown layer": (("prune", "{net}", *IMAGE, "--exclude", "stemm", "--out", "{out}"), "did you mean 'stem'?"),
     "unknown layer to explain": (("inspect", "{net}", *IMAGE, "--explain", "stemm"), "did you mean 'stem'?"),

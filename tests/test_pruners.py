@@ -260,7 +260,10 @@ def test_the_last_match_wins() -> None:
 def test_a_cap_lowers_the_sparsity_of_one_layer() -> None:
     """`max_sparsity_per_layer` bounds what a named layer loses."""
     config = [{"sparsity": 0.75, "max_sparsity_per_layer": {"first": 0.25, "second": 0.8}}]
-    assert kept_and_notes(chain(), config, images(2)) == {"first": (6, ""), "second": (1, "")}
+    assert kept_and_notes(chain(), config, images(2)) == {
+        "first": (6, "max_sparsity_per_layer is 0.25"),
+        "second": (2, "max_sparsity_per_layer is 0.8"),
+    }
 
 
 def test_total_sparsity_is_one_ranking_or_refused() -> None:
@@ -338,9 +341,12 @@ def test_a_graph_of_another_model_is_refused() -> None:
 
 
 def test_no_example_inputs_are_one_clear_error() -> None:
-    """Without inputs and graph the pruner says what to pass."""
+    """Without inputs and graph a pruner that is to find groups says what to pass; otherwise it says that it masks layers by themselves."""
     with pytest.raises(gp.InputError, match=r"L1NormPruner has no example inputs.*Pass example_inputs="):
-        gp.L1NormPruner(chain(), [{"sparsity": 0.5}])
+        gp.L1NormPruner(chain(), [{"sparsity": 0.5}], mode="dependency_aware")
+    with pytest.warns(UserWarning, match=r"L1NormPruner was given no example inputs.*mode 'normal'.*Pass example_inputs="):
+        pruner = gp.L1NormPruner(chain(), [{"sparsity": 0.5}])
+    assert pruner.mode == "normal"
     with pytest.raises(gp.InputError, match="no example inputs"):
         gp.prune(chain(), None)
 

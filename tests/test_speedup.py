@@ -512,7 +512,8 @@ def test_unverified_results_are_exact_all_the_same() -> None:
 def test_a_masked_model_that_was_trained_on_is_shrunk_with_its_new_weights() -> None:
     """The usual way: compress, fine-tune the masked copy, then shrink that copy with the same masks and the same inputs."""
     model, inputs = residual()
-    masked, masks = gp.L1NormPruner(model, HALF, inputs).compress()
+    masks = gp.L1NormPruner(model, HALF, inputs).masks()
+    masked = masks.masked(model)
     with torch.no_grad():
         for parameter in masked.parameters():
             parameter.mul_(1.5)

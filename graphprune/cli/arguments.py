@@ -18,6 +18,14 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Mode(str, Enum):
+    """How groups are compared."""
+
+    dependency_aware = "dependency_aware"
+    global_ = "global"
+    balance = "balance"
+
+
 Model: TypeAlias = Annotated[
     str,
     typer.Argument(
@@ -41,3 +49,21 @@ Weights: TypeAlias = Annotated[
 ]
 DtypeOption: TypeAlias = Annotated[Dtype | None, typer.Option("--dtype", help="Convert parameters and inputs to this type.")]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Seed of random weights and inputs.")]
+Macs: TypeAlias = Annotated[float | None, typer.Option("--macs", help="Share of the MACs to remove, in place of --sparsity.")]
+Params: TypeAlias = Annotated[float | None, typer.Option("--params", help="Share of the parameters to remove, in place of --sparsity.")]
+Criterion: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="Which channels are important: l1, l2, fpgm, bn_scale, lamp, random; with --data apoz, mean_activation, wanda; with --data "
+        "and --loss taylor, taylor_group, hessian.",
+    ),
+]
+ModeOption: TypeAlias = Annotated[Mode, typer.Option("--mode", help="Every group by itself, or all of them in one ranking.")]
+Data: TypeAlias = Annotated[
+    str | None, typer.Option("--data", metavar="NAME", help="Batches: package.module:callable or path/file.py:callable (or an iterable).")
+]
+Loss: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--loss", metavar="NAME", help="A function of torch.nn.functional, such as cross_entropy, or path/file.py:callable."),
+]

@@ -16,6 +16,7 @@ from graphprune.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
+    from graphprune.budgets import Budget
     from graphprune.cli.loading import Loaded
 
 _DEFAULT_SPARSITY = 0.5
@@ -46,7 +47,12 @@ def prune(
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", help="Share of every group's channels to remove, in [0, 1). Default: 0.5.")
     ] = None,
-    criterion: Annotated[str, typer.Option("--criterion", help="Which channels are important.")] = "l1",
+    macs: arguments.Macs = None,
+    params: arguments.Params = None,
+    criterion: arguments.Criterion = "l1",
+    mode: arguments.ModeOption = arguments.Mode.dependency_aware,
+    data: arguments.Data = None,
+    loss: arguments.Loss = None,
     inputs: arguments.Inputs = None,
     weights: arguments.Weights = None,
     dtype: arguments.DtypeOption = None,
@@ -72,16 +78,16 @@ def prune(
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write the dense and the pruned model as ONNX as well.")] = True,
 ) -> None:
     """Remove channels from a model: writes pruned.safetensors, dense.onnx, pruned.onnx and report.json into one folder."""
+    from graphprune.cli.data import batches, loss_named
     from graphprune.cli.loading import Request
     from graphprune.criteria import criterion_named
     from graphprune.pruning import prune as pruned
 
     screen: Screen = ctx.obj
-    if config is not None and sparsity is not None:
-        raise ConfigError("--sparsity and --config are given, and both say how much goes", "Keep one of them")
-    amount = check_sparsity(_DEFAULT_SPARSITY if sparsity is None else sparsity, "--sparsity")
+    amount, budget = _amount(sparsity, macs, params, config)
     measure = criterion_named(criterion)
     options: dict[str, Any] = {
+        "mode": mode.value,
         "config_list": files.read_config(config) if config is not None else None,
         "exclude": list(exclude or ()),
         "rounding": rounding.value,
@@ -93,13 +99,32 @@ def prune(
         with screen.busy(f"building {model}"):
             loaded = Request(model, inputs or (), weights, dtype and dtype.value, seed).load()
         with screen.busy("pruning and verifying"):
-            small, report = pruned(loaded.model, loaded.inputs, amount, measure, **options)
+            shown: dict[str, Any] = {"data": batches(data, seed) if data else None, "loss": loss_named(loss) if loss else None}
+            small, report = pruned(loaded.model, loaded.inputs, amount, measure, budget=budget, **shown, **options)
         exported = _write(screen, folder, loaded, small, onnx=onnx)
-        asked = {"sparsity": None if config is not None else amount, "criterion": criterion, **options}
+        asked = {"sparsity": None if config is not None or budget is not None else amount, "criterion": criterion, "data": data,
+                 "loss": loss, **options}  # fmt: skip
         names = sorted([*(file.name for file in folder.iterdir()), "report.json"])
         facts = {**loaded.facts(), "asked": asked, **report.to_dict(), "onnx": exported, "files": [out / name for name in names]}
         (folder / "report.json").write_text(to_json(facts), encoding="utf-8")
     screen.result(facts, loaded.title(), report, f"Wrote {', '.join(names)} into {out}")
+
+
+def _amount(sparsity: float | None, macs: float | None, params: float | None, config: Path | None) -> tuple[float, Budget | None]:
+    """Returns the sparsity and the budget that options ask for.
+
+    Raises:
+        ConfigError: two of them say how much goes, or one is no such fraction.
+    """
+    from graphprune.budgets import Budget
+
+    given = [name for name, value in (("--sparsity", sparsity), ("--macs", macs), ("--params", params)) if value is not None]
+    if config is not None and sparsity is not None:
+        given.append("--config")
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} are given, and both say how much goes", "Keep one of them")
+    budget = Budget(macs=macs, params=params) if macs is not None or params is not None else None
+    return check_sparsity(_DEFAULT_SPARSITY if sparsity is None else sparsity, "--sparsity"), budget
 
 
 def _write(screen: Screen, folder: Path, loaded: Loaded, small: nn.Module, *, onnx: bool) -> dict[str, Any]:

@@ -74,24 +74,42 @@ def find(name: str, seed: int = 0) -> Source:
         InputError: the name has no such form, or there is nothing of that name; the nearest is suggested.
         FileError: the file is missing.
     """
-    place, colon, target = name.rpartition(":")
-    if not colon or not place or not target:
-        raise InputError(f"{name!r} does not name a model", f"Write {FORMS}")
-    if place in _LIBRARIES:
+    place, _, target = name.rpartition(":")
+    if place in _LIBRARIES and target:
         return Source(name, _LIBRARIES[place](target), seed, image=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        is_file = place.endswith(".py") or "/" in place or os.sep in place
-        module = _from_file(Path(place)) if is_file else _from_package(place)
-    if not hasattr(module, target):
-        raise InputError(f"{place} has no {target!r}{_hint(target, _candidates(module))}", _listed(_candidates(module)))
-    value = getattr(module, target)
+    value, candidates = named_object(name, "a model", FORMS, seed)
     if isinstance(value, nn.Module):
         return Source(name, partial(copy.deepcopy, value), seed)
     if not callable(value):
         what = f"{name} is a {type(value).__name__}, neither a callable nor an nn.Module"
-        raise InputError(what, _listed(_candidates(module)))
+        raise InputError(what, _listed(candidates))
     return Source(name, value, seed)
+
+
+def named_object(name: str, kind: str, forms: str, seed: int = 0) -> tuple[Any, list[str]]:
+    """Returns what a name of the form PLACE:TARGET stands for, and what else there is at that place.
+
+    Args:
+        name: package.module:target or path/file.py:target.
+        kind: what it should be, as in "a model", for the error.
+        forms: the forms that it may have, for the error.
+        seed: of random numbers that the module draws while it is imported.
+
+    Raises:
+        InputError: the name has no such form, or there is nothing of that name; the nearest is suggested.
+        FileError: the file is missing.
+    """
+    place, colon, target = name.rpartition(":")
+    if not colon or not place or not target:
+        raise InputError(f"{name!r} does not name {kind}", f"Write {forms}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        is_file = place.endswith(".py") or "/" in place or os.sep in place
+        module = _from_file(Path(place)) if is_file else _from_package(place)
+    candidates = _candidates(module)
+    if not hasattr(module, target):
+        raise InputError(f"{place} has no {target!r}{_hint(target, candidates)}", _listed(candidates))
+    return getattr(module, target), candidates
 
 
 def _from_file(path: Path) -> ModuleType:

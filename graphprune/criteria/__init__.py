@@ -1,12 +1,33 @@
-"""Criteria: how important a channel is, higher = keep. A criterion sees weights, never layer types."""
+"""Criteria: how important a channel is, higher = keep. A criterion sees weights and what was observed of them, never layer types."""
 
 from __future__ import annotations
 
-from graphprune.criteria.base import Criterion, ProducerWeights, group_scores
-from graphprune.criteria.norms import L1
+from collections.abc import Callable
+
+from graphprune.criteria.activations import APoZ, MeanActivation
+from graphprune.criteria.base import Criterion, Part, Sees, is_comparable, seen_by
+from graphprune.criteria.distances import FPGM
+from graphprune.criteria.gradients import HessianDiagonal, Taylor, TaylorGroup
+from graphprune.criteria.inputs import Wanda
+from graphprune.criteria.norms import L1, L2
+from graphprune.criteria.relative import LAMP, Random, lamp
+from graphprune.criteria.scales import BNScale
 from graphprune.errors import ConfigError, nearest
 
-CRITERIA: dict[str, type[L1]] = {"l1": L1}
+CRITERIA: dict[str, Callable[[], Criterion]] = {
+    "l1": L1,
+    "l2": L2,
+    "fpgm": FPGM,
+    "bn_scale": BNScale,
+    "apoz": APoZ,
+    "mean_activation": MeanActivation,
+    "taylor": Taylor,
+    "taylor_group": TaylorGroup,
+    "hessian": HessianDiagonal,
+    "wanda": Wanda,
+    "lamp": LAMP,
+    "random": Random,
+}
 
 
 def criterion_named(name: str | Criterion) -> Criterion:
@@ -24,4 +45,25 @@ def criterion_named(name: str | Criterion) -> Criterion:
         raise ConfigError(f"no criterion is called {name!r}", hint) from None
 
 
-__all__ = ["CRITERIA", "L1", "Criterion", "ProducerWeights", "criterion_named", "group_scores"]
+__all__ = [
+    "CRITERIA",
+    "FPGM",
+    "L1",
+    "L2",
+    "LAMP",
+    "APoZ",
+    "BNScale",
+    "Criterion",
+    "HessianDiagonal",
+    "MeanActivation",
+    "Part",
+    "Random",
+    "Sees",
+    "Taylor",
+    "TaylorGroup",
+    "Wanda",
+    "criterion_named",
+    "is_comparable",
+    "lamp",
+    "seen_by",
+]

@@ -25,6 +25,8 @@ def per_channel(op: Op) -> Labels | list[Labels]:
     for value in (weight, bias, op["running_mean"], op["running_var"]):
         if value is not None:
             labels[1] = op.bind(value, 0, labels[1])
+    if weight is not None:
+        op.scale(weight)
     own = [d for d in range(2 if "instance" in op.name else 0, len(labels)) if d != 1] if op["training"] or op["use_input_stats"] else []
     for d in own:
         op.statistic(labels[d])

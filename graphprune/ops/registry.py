@@ -160,6 +160,7 @@ class Notes:
         statistics: labels across which the operator takes a statistic.
         kept_only: labels that the operator cannot be given as zeros (it would divide by their norm); removal is exact all the same.
         produces: (parameter name, dim) pairs whose rows compute this node's channels.
+        scales: names of parameters that scale channels after a norm of each channel's own.
         derived: (node name, dim) pairs likewise, of weights that are themselves computed from parameters.
         become: the operator and arguments to use instead once any extent or remap changes.
     """
@@ -173,6 +174,7 @@ class Notes:
     kept_only: list[Ids] = field(default_factory=list)
     produces: list[tuple[str, int]] = field(default_factory=list)
     derived: list[tuple[str, int]] = field(default_factory=list)
+    scales: list[str] = field(default_factory=list)
     become: tuple[Any, dict[str, Any]] | None = None
 
 
@@ -357,6 +359,11 @@ class Op:
         """Says that a parameter's positions along `dim` compute the channels of the output."""
         dim %= max(len(value.shape), 1)
         (self.notes.produces if value.parameter else self.notes.derived).append((value.name, dim))
+
+    def scale(self, value: Value) -> None:
+        """Says that a parameter scales channels that have just been normalised, each by itself."""
+        if value.parameter:
+            self.notes.scales.append(value.name)
 
     def become(self, target: OpOverload, arguments: dict[str, Any]) -> None:
         """Says which call replaces this one when literals alone cannot state what is left."""

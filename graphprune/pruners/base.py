@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
-
-import networkx as nx
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from graphprune.arithmetic.widths import stated_widths
-from graphprune.budgets import Plan, Rounding, global_counts, keep_highest, kept_count
-from graphprune.config import ResolvedConfig, resolve
-from graphprune.criteria import Criterion, group_scores
-from graphprune.errors import ConfigError, InputError
+from graphprune.budgets import Budget, Plan, Rounding, keep_highest, kept_count
+from graphprune.config import resolve
+from graphprune.criteria import Criterion, is_comparable, seen_by
+from graphprune.data import Loader
+from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups import trace
-from graphprune.masks import Masks, checked_tensors
+from graphprune.masks import Masks
+from graphprune.pruners.counts import Counting
+from graphprune.pruners.families import CUTS, Cut
+from graphprune.pruners.layerwise import Layerwise, layers_with_rows
+from graphprune.pruners.requests import requests
+from graphprune.scoring import DATA_FREE, Aggregation, Scope, Scores, score_groups
+from graphprune.selectors import CHANNELS, Trait
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import nn
+    from typing_extensions import Unpack
 
+    from graphprune.data import Source
+    from graphprune.elements import ElementMasks
     from graphprune.graph import DependencyGraph, Group
+    from graphprune.inputs import Inputs
 
-Cut: TypeAlias = Literal["blocks", "within", "both", "query_key", "value"]
-CUTS: tuple[Cut, ...] = get_args(Cut)
+Mode: TypeAlias = Literal["normal", "dependency_aware", "global", "balance"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+class Options(TypedDict, total=False):
+    """What all pruners take by keyword; see `Pruner`."""
+
+    mode: Mode | None
+    budget: Budget | None
+    aggregation: Aggregation
+    scope: Scope
+    rounding: Rounding
+    round_to: int
+    cut: Cut
+    graph: DependencyGraph | None
+    keep_class: bool
+    source: Source | None
+
+
+_FORMER = {
+    "dummy_input": "write example_inputs=",
+    "dependency_aware": "write mode='dependency_aware', the default once there are example inputs",
+    "global_sort": "write mode='global', or 'total_sparsity' in the config list",
+    "evaluator": "pass trainer=, optimizer= and criterion=, or data= and loss=",
+    "training_steps": "write training_batches= (of data) or training_epochs= (of training)",
+    "training_batches": "leave it out: this pruner looks at no data; or write iterations= and training_epochs= for one that trains",
+}
 
 
 class Pruner:
@@ -33,25 +68,37 @@ class Pruner:
 
     Args:
         model: left as it is.
-        config_list: entries as in the seeds, see `graphprune.config`; a layer that no entry matches is kept whole.
+        config_list: entries as in the seeds, see `graphprune.config`; a layer that no entry matches is kept whole. With a budget, entries
+            say which layers lose channels and not how many.
         criterion: scores channels, see `graphprune.criteria`.
         example_inputs: what the model is run on to find its groups: a tensor, a tuple of arguments, a dict of keyword arguments, or
-            (arguments, keyword arguments).
-        rounding: of the kept count, "floor" or "ceil".
+            (arguments, keyword arguments). Pruners that are given data take its first batch where there are none.
+
+    Keyword Args:
+        mode: "dependency_aware" prunes whole coupled groups, each by its own sparsity: only that makes a model smaller. "global" makes one
+            ranking of all groups (an entry's sparsity is then that of all its layers together). "balance" is the first with the same
+            positions taken from every conv group or head (`cut="within"`). "normal" masks the output rows of each layer by itself,
+            coupled or not. By default the first, or "normal" where there is nothing to find the groups with.
+        budget: a fraction of the MACs or parameters to remove, met to within one channel's cost: of all groups evenly, or of one
+            ranking in mode "global".
+        aggregation: how the scores of a coupled group's layers are put together: "sum" (the default), "mean", "max", or the first
+            "producer" alone.
+        scope: whose weights count: those of the layers that compute the channels ("producers", the default) or also of those that read
+            them ("group").
+        rounding: of the kept count, "floor" or "ceil"; of a budget, which side of it to end on.
         round_to: kept counts are multiples of this where there are enough channels.
-        cut: what goes where a dimension is cut into equal blocks (attention heads, conv groups): whole "blocks" (the default: widths
-            of heads, their scale and the width of conv groups stay as they were), positions "within" every block, or "both". Of the
-            positions within attention heads, "query_key" takes only those that the product of queries and keys sums over, "value" only
-            those that reach the output projection (heads go where a program holds all three in one tensor, which has one width).
-            Where keys and values serve several query heads, a block is a key head with all its query heads: their ratio stays.
+        cut: what goes where a dimension is cut into equal blocks, see `graphprune.pruners.families`.
         graph: the model's graph, if there is one already.
         keep_class: keep more channels where the model's own arithmetic on sizes (`C // num_heads`, equal chunks) could not state what
             was asked for, so that the shrunk model can be of the model's own class.
+        source: where a criterion that needs data takes it from, see `graphprune.data`.
 
     Raises:
         ConfigError: the config list or an option is not usable.
         InputError: there are no example inputs, or the model cannot run on them.
     """
+
+    trait: ClassVar[Trait] = CHANNELS  # what the layers that entries may select have in common, for errors
 
     def __init__(
         self,
@@ -59,155 +106,185 @@ class Pruner:
         config_list: Sequence[Mapping[str, Any]],
         criterion: Criterion,
         example_inputs: object = None,
-        *,
-        rounding: Rounding = "floor",
-        round_to: int = 1,
-        cut: Cut = "blocks",
-        graph: DependencyGraph | None = None,
-        keep_class: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        if example_inputs is None and graph is None:
-            raise InputError(
-                f"{type(self).__name__} has no example inputs to find the dependencies of {type(model).__name__} with",
-                "Pass example_inputs=, a tensor or a tuple of tensors that model(...) accepts",
-            )
-        kept_count(1, 0.5, rounding, round_to)
-        if cut not in CUTS:
-            raise ConfigError(f"cut is {cut!r}", f"Use one of {', '.join(map(repr, CUTS))}")
+        _check_options(type(self).__name__, options)
         self.model = model
         self.criterion = criterion
-        self.rounding: Rounding = rounding
-        self.round_to = round_to
-        self.cut: Cut = cut
-        self.graph = graph if graph is not None else trace(model, example_inputs)
-        others = {n: t for n, t in self.graph.modules.items() if n not in self.graph.layers}
-        self.config = resolve(config_list, self.graph.layers, others)
-        self.keep_class = keep_class
+        self.source = options.get("source")
+        self.rounding: Rounding = options.get("rounding", "floor")
+        self.round_to = options.get("round_to", 1)
+        self.aggregation: Aggregation = options.get("aggregation", "sum")
+        self.scope: Scope = options.get("scope", "producers")
+        self.budget = options.get("budget")
+        self.keep_class = options.get("keep_class", False)
+        self.mode: Mode = self._mode(options.get("mode"), example_inputs, options.get("graph"))
+        self.cut: Cut = "within" if self.mode == "balance" else options.get("cut", "blocks")
+        self._graph = options.get("graph")
+        if example_inputs is None and self._graph is None and self.source is not None:
+            example_inputs = first_inputs(model, self.source, type(self).__name__)
+        if example_inputs is not None and self._graph is None:
+            self._graph = trace(model, example_inputs)
+        names, others = self.names()
+        self.config = resolve(config_list, names, others, self.trait, amounts=self.budget is None)
         self.plan = Plan()
+        self._prepared = False
 
-    def compress(self) -> tuple[nn.Module, Masks]:
-        """Returns (a copy of the model with the removed channels zeroed, the masks)."""
-        masks = self.masks()
+    @property
+    def graph(self) -> DependencyGraph:
+        """The model's graph.
+
+        Raises:
+            ConfigError: this pruner has none, as it was given nothing to trace the model with.
+        """
+        if self._graph is None:
+            what = f"{type(self).__name__} masks layer by layer and knows no groups, as it was given no example inputs"
+            raise ConfigError(what, "Pass example_inputs=")
+        return self._graph
+
+    def _mode(self, mode: Mode | None, example_inputs: object, graph: DependencyGraph | None) -> Mode:
+        """Returns the mode to work in."""
+        traceable = example_inputs is not None or graph is not None or self.source is not None
+        if mode is not None and mode not in MODES:
+            raise ConfigError(f"mode is {mode!r}", nearest(str(mode), MODES) or f"Use one of {', '.join(map(repr, MODES))}")
+        if mode == "normal" and self.budget is not None:
+            raise ConfigError("a budget in mode 'normal', whose masks of single layers save nothing", "Use another mode")
+        if mode == "normal" or traceable:
+            return mode or "dependency_aware"
+        kind = type(self.model).__name__
+        if mode is not None or self.budget is not None or seen_by(self.criterion) not in DATA_FREE[:1]:
+            what = f"{type(self).__name__} has no example inputs to find the dependencies of {kind} with"
+            raise InputError(what, "Pass example_inputs=, a tensor or a tuple of tensors that model(...) accepts")
+        warnings.warn(
+            f"{type(self).__name__} was given no example inputs, so it masks every layer of {kind} by itself (mode 'normal'): coupled "
+            "layers then lose different channels, which cannot all be removed. Pass example_inputs= to prune whole groups.",
+            stacklevel=4,
+        )
+        return "normal"
+
+    # -- what subclasses may change ----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Does what must come before scoring, once: pruners that train put the trained copy in place of `model`."""
+
+    def selectable(self, group: Group) -> tuple[str, ...]:
+        """Returns the names by which config entries select a group: by default, those of the layers that produce its channels."""
+        return group.layers
+
+    def names(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Returns name -> class name of what config entries may select, and of all other modules."""
+        if self._graph is None:
+            return layers_with_rows(self.model)
+        graph = self._graph
+        return dict(graph.layers), {n: t for n, t in graph.modules.items() if n not in graph.layers}
+
+    # -- masks -------------------------------------------------------------------------------------------------------------------
+
+    def compress(self) -> tuple[nn.Module, Masks | ElementMasks]:
+        """Returns (a copy of the model with what the masks remove zeroed, the masks)."""
+        masks = self.layer_masks() if self.mode == "normal" else self.masks()
         return masks.masked(self.model), masks
 
     def masks(self) -> Masks:
-        """Returns the masks; `plan` says afterwards what was asked of each group and why some lost less."""
+        """Returns the masks of groups; `plan` says afterwards what was asked of each and why some lost less.
+
+        Raises:
+            ConfigError: the budget cannot be met, or the mode is "normal".
+        """
+        if self.mode == "normal":
+            raise ConfigError(
+                "mode 'normal' masks elements of layers and no groups", "Call layer_masks() or compress(), or use another mode"
+            )
         start = time.perf_counter()
-        scores = self.scores()
-        requested, notes = wanted(self.graph, self.config, self.cut)
-        counts = {g.name: kept_count(g.channels, requested[g.name], self.rounding, self.round_to) for g in self.graph.groups}
-        for entry, total in totals(self.config).items():
-            members = ranked_together(self.graph, self.config, entry, notes)
-            if members:
-                ranked = {g.name: scores[g.name] for g in members}
-                most = {g.name: min(self.config.layers[layer].max_sparsity for layer in g.layers) for g in members}
-                counts |= global_counts(ranked, total, most, self.rounding, self.round_to)
+        scored = self._scored()
+        asked = requests(self.graph, self.config, self.cut, self.selectable, together=self.mode == "global")
+        whole = {**scored.unscored, **asked.whole}
+        notes = {**asked.notes, **whole}
+        most = {n: m for n, m in asked.most.items() if n not in whole}
+        counting = Counting(scored.groups, most, self.rounding, self.round_to, is_comparable(self.criterion), notes)
+        counts = {g.name: g.channels for g in self.graph.groups}
+        if self.budget is not None:
+            counts |= counting.within(self.budget, self.model, self.graph, "global" if self.mode == "global" else "even")
+        else:
+            counts |= counting.each(asked.sparsity)
+            for total, members in asked.entries.values():
+                counts |= counting.together([n for n in members if n not in whole], total)
         if self.keep_class:
             stated = stated_widths(self.model, self.graph, counts, self.round_to)
             raised = {n: k for n, k in stated.items() if k > counts[n]}
             notes |= {n: f"{k} kept instead of {counts[n]}, a width that the model's code can state" for n, k in raised.items()}
             counts = stated
-        kept = {g.name: keep_highest(scores[g.name], counts[g.name]) for g in self.graph.groups if counts[g.name] < g.channels}
-        self.plan = Plan(requested, notes, {"score": time.perf_counter() - start})
+        kept = {g.name: keep_highest(scored.groups[g.name], counts[g.name]) for g in self.graph.groups if counts[g.name] < g.channels}
+        seconds = {"score": time.perf_counter() - start}
+        ranked = {n for _, members in asked.entries.values() for n in members}  # a ranking decides, no sparsity of their own
+        requested = {n: s for n, s in asked.sparsity.items() if n not in ranked and self.budget is None}
+        asked_of = {n: c.asked for n, c in self.config.layers.items() if c.asked is not None and self.mode != "global"}
+        self.plan = Plan(requested, notes, seconds, self.budget, asked_of)
         return Masks(self.graph, kept)
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
-        """Returns group name -> score per channel, higher = keep."""
-        return group_scores(self.graph, checked_tensors(self.model, self.graph), self.criterion)
+        """Returns group name -> score per channel, higher = keep; groups that the criterion cannot score are left out."""
+        return dict(self._scored().groups)
+
+    def _scored(self) -> Scores:
+        self._prepare_once()
+        options: dict[str, Any] = {"aggregation": self.aggregation, "scope": self.scope, "source": self.source}
+        return score_groups(self.model, self.graph, self.criterion, **options)
+
+    def _prepare_once(self) -> None:
+        if not self._prepared:
+            self.prepare()
+            self._prepared = True
+
+    def layer_masks(self) -> ElementMasks:
+        """Returns masks of the output rows of every selected layer by itself, as mode "normal" asks for."""
+        self._prepare_once()
+        if self._graph is None:
+            found = Layerwise.of_weights(self.model, self.config, self.criterion)
+        else:
+            found = Layerwise.of_groups(self.model, self.config, self._graph, self._scored())
+        layers = {n: self.config.layers[n] for n in found.scores}
+        notes: dict[str, str] = {}
+        most = {n: c.max_sparsity for n, c in layers.items()}
+        counting = Counting(found.scores, most, self.rounding, self.round_to, is_comparable(self.criterion), notes)
+        counts = counting.each({n: c.sparsity or 0.0 for n, c in layers.items()})
+        for entry, total in {c.entry: c.total for c in layers.values() if c.total is not None}.items():
+            counts |= counting.together([n for n, c in layers.items() if c.entry == entry], total)
+        self.plan = Plan({}, notes, layers={n: c.asked for n, c in layers.items() if c.asked is not None})
+        return found.masks(counts)
 
 
-def totals(config: ResolvedConfig) -> dict[int, float]:
-    """Returns config entry -> total sparsity, for the entries that ask for one ranking over all their layers."""
-    return {c.entry: c.total for c in config.layers.values() if c.total is not None}
+class _Enough(BaseException):
+    """One batch was all that was wanted; no Exception, as trainers may catch these."""
 
 
-def ranked_together(graph: DependencyGraph, config: ResolvedConfig, entry: int, notes: Mapping[str, str]) -> list[Group]:
-    """Returns the groups all of whose producing layers a total sparsity's entry matches (those kept whole for a reason left out)."""
-    return [
-        g for g in graph.groups if g.name not in notes and all(n in config.layers and config.layers[n].entry == entry for n in g.layers)
-    ]
+def first_inputs(model: nn.Module, source: Source, who: str) -> Inputs:
+    """Returns the inputs of the first batch of a source.
 
-
-def wanted(graph: DependencyGraph, config: ResolvedConfig, cut: Cut) -> tuple[dict[str, float], dict[str, str]]:
-    """Returns what is asked of each group, and why some are asked for less.
-
-    A group's sparsity is the smallest that its producing layers ask for; an excluded or unmentioned producer keeps it whole. Where
-    groups overlap (a row dies with its head or with its width), `cut` says which are pruned.
+    Raises:
+        ConfigError: the data can be gone through only once.
+        InputError: there is no batch.
     """
-    requested: dict[str, float] = {}
-    notes: dict[str, str] = {}
-    skipped = _skipped(graph, cut)
-    for group in graph.groups:
-        requested[group.name], notes[group.name] = _of_group(group, config)
-        if group.name in skipped:
-            requested[group.name], notes[group.name] = 0.0, skipped[group.name]
-    return requested, {k: v for k, v in notes.items() if v}
+    if isinstance(source, Loader) and iter(source.batches) is source.batches:
+        what = f"the data of {who} gives every batch only once, and the first would be spent on finding the groups"
+        raise ConfigError(what, "Pass a list or a DataLoader, or example_inputs= besides")
+    found: list[Inputs] = []
+
+    def take(inputs: Inputs) -> None:
+        found.append(inputs)
+        raise _Enough
+
+    with contextlib.suppress(_Enough):
+        source.inputs(model, take)
+    return found[0]
 
 
-def _of_group(group: Group, config: ResolvedConfig) -> tuple[float, str]:
-    asked: dict[str, float] = {}
-    for layer in group.layers:
-        if layer in config.excluded:
-            return 0.0, f"{layer} is excluded"
-        if layer not in config.layers:
-            return 0.0, f"{layer} is matched by no config entry"
-        entry = config.layers[layer]
-        asked[layer] = entry.sparsity if entry.sparsity is not None else 0.0
-    found = [config.layers[layer] for layer in group.layers]
-    if len({c.entry for c in found}) > 1 and any(c.total is not None for c in found):
-        return 0.0, "its layers are in different config entries, one of them with a total sparsity"
-    lowest = min(asked, key=lambda n: asked[n])
-    note = f"{lowest} asks for least" if len(set(asked.values())) > 1 else ""
-    return asked[lowest], note
-
-
-def _skipped(graph: DependencyGraph, cut: Cut) -> dict[str, str]:
-    """Returns the groups that stay whole because an overlapping one is pruned instead, with the reason."""
-    if cut == "both":
-        return {}
-    out: dict[str, str] = {}
-    for family in _overlapping(graph):
-        blocks = [g for g in family if g.role == "block"]
-        within = [g for g in family if g.role == "within"]
-        blocks = blocks if any(g.channels > 1 for g in blocks) else []  # one block is all there is: none can go
-        if blocks and within:
-            chosen, words = _chosen(blocks, within, cut, graph)
-            names = {g.name for g in chosen}
-            out |= {g.name: f"{words} go instead (cut={cut!r})" for g in (*blocks, *within) if g.name not in names}
-    return out
-
-
-def _chosen(blocks: list[Group], within: list[Group], cut: Cut, graph: DependencyGraph) -> tuple[list[Group], str]:
-    """Returns which groups of one family `cut` asks for, and in words what they are."""
-    summed = [g for g in within if not _is_read(g, graph)]
-    read = [g for g in within if _is_read(g, graph)]
-    if cut == "within":
-        return within, "positions within"
-    if cut in ("query_key", "value") and summed and read:
-        return (summed, "positions of queries and keys") if cut == "query_key" else (read, "positions of values")
-    return blocks, "whole blocks"
-
-
-def _is_read(group: Group, graph: DependencyGraph) -> bool:
-    """Returns whether some weight reads these channels; those of queries and keys are summed over by their own product."""
-    return any(not s.produces and len(graph.shapes.get(s.parameter, ())) > 1 for s in group.slices)
-
-
-def _overlapping(graph: DependencyGraph) -> list[list[Group]]:
-    """Returns families of groups that own the same positions jointly."""
-    owners: dict[tuple[str, int], list[Group]] = {}
-    meeting: nx.Graph[str] = nx.Graph()
-    for group in graph.groups:
-        if group.role:
-            meeting.add_node(group.name)
-            for s in group.slices:
-                owners.setdefault((s.parameter, s.dim), []).append(group)
-    for (parameter, dim), groups in owners.items():
-        meeting.add_edges_from((a.name, b.name) for a, b in itertools.combinations(groups, 2) if _share(a, b, parameter, dim))
-    return [[graph[name] for name in graph.ordered(family)] for family in nx.connected_components(meeting)]
-
-
-def _share(a: Group, b: Group, parameter: str, dim: int) -> bool:
-    owned_a = [s.index.ravel() for s in a.slices if (s.parameter, s.dim) == (parameter, dim)]
-    owned_b = [s.index.ravel() for s in b.slices if (s.parameter, s.dim) == (parameter, dim)]
-    return bool(np.intersect1d(np.concatenate(owned_a), np.concatenate(owned_b)).size)
+def _check_options(who: str, options: Mapping[str, Any]) -> None:
+    """Raises unless all options are known and usable."""
+    for name in options:
+        if name not in Options.__annotations__:
+            hint = _FORMER.get(name) or nearest(name, Options.__annotations__) or f"use {', '.join(Options.__annotations__)}"
+            raise ConfigError(f"{who} has no argument {name}=", hint[0].upper() + hint[1:])
+    kept_count(1, 0.5, options.get("rounding", "floor"), options.get("round_to", 1))
+    if options.get("cut", "blocks") not in CUTS:
+        raise ConfigError(f"cut is {options['cut']!r}", f"Use one of {', '.join(map(repr, CUTS))}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.console import Group as Renderable
 
+    from graphprune.budgets import Budget
     from graphprune.cost import Cost
     from graphprune.graph import Frozen, Unknown
 
@@ -39,6 +40,40 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """What was asked of one layer, and what it lost: with its own channels and with those that it reads.
+
+    Attributes:
+        name: qualified name of the module, "" for the model itself.
+        kind: class name of the module.
+        before: its parameters and MACs.
+        after: what is left of them.
+        channels: how many channels it produces that may be removed or frozen, 0 for a layer that produces none.
+        kept: how many of them are left.
+        requested: the sparsity asked for, or None when a budget or a ranking decided.
+        note: why it lost less than was asked for, or "".
+    """
+
+    name: str
+    kind: str
+    before: Cost
+    after: Cost
+    channels: int = 0
+    kept: int = 0
+    requested: float | None = None
+    note: str = ""
+
+    @property
+    def achieved(self) -> float:
+        """The share of its channels that went, in [0, 1)."""
+        return 1.0 - self.kept / self.channels if self.channels else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the entry as plain values, for JSON."""
+        return {**vars(self), "before": self.before.to_dict(), "after": self.after.to_dict(), "achieved": self.achieved}
+
+
+@dataclass(frozen=True)
 class SpeedupReport:
     """What `speedup` and `prune` return beside the model; prints as a table.
 
@@ -52,9 +87,11 @@ class SpeedupReport:
         before: parameters and MACs of the original, or None when not counted.
         after: parameters and MACs of the result, or None when not counted.
         groups: one entry per group.
+        layers: one entry per module that has parameters or MACs of its own.
         frozen: what could not be removed, and why.
         unknown: operators without a rule, and what they cost.
         remarks: what somebody who relies on the verification should know.
+        budget: what was asked of the whole model, or None.
         seconds: wall time of "trace", "groups", "score", "shrink", "verify", "count".
     """
 
@@ -71,6 +108,8 @@ class SpeedupReport:
     unknown: tuple[Unknown, ...]
     seconds: dict[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+    budget: Budget | None = None
 
     @property
     def sparsity(self) -> float:
@@ -90,6 +129,8 @@ class SpeedupReport:
             "before": self.before.to_dict() if self.before else None,
             "after": self.after.to_dict() if self.after else None,
             "sparsity": self.sparsity,
+            "budget": None if self.budget is None else {"unit": self.budget.unit, "removed": self.budget.removed},
+            "layers": [layer.to_dict() for layer in self.layers],
             "groups": [{**vars(g), "layers": list(g.layers)} for g in self.groups],
             "frozen": [{"parameter": f.parameter, "dim": f.dim, "positions": int(f.index.size), "reason": str(f)} for f in self.frozen],
             "unknown": [vars(u) for u in self.unknown],
@@ -98,11 +139,12 @@ class SpeedupReport:
         }
 
     def __rich__(self) -> Renderable:
-        """Renders totals, groups and what is frozen."""
+        """Renders totals, groups, layers and what is frozen."""
         from rich.console import Group as Renderable  # noqa: PLC0415 (only where something is shown)
         from rich.text import Text  # noqa: PLC0415
 
-        return Renderable(*(part for part in (self._totals(), self._table(), Text(self._closing())) if part is not None))
+        parts = (self._totals(), self._table(), self._layers() if self.layers else None, Text(self._closing()))
+        return Renderable(*(part for part in parts if part is not None))
 
     def _totals(self) -> Any:
         from rich.table import Table  # noqa: PLC0415
@@ -128,9 +170,23 @@ class SpeedupReport:
             table.add_row(g.name + others, str(g.channels), str(g.kept), g.verdict, f"{g.params:,}", g.note)
         return table
 
+    def _layers(self) -> Any:
+        from rich.table import Table  # noqa: PLC0415
+
+        table = Table(title="Layers")
+        for head in ("layer", "type", "channels", "kept", "asked", "gone", "parameters gone", "MACs gone", "note"):
+            table.add_column(head, justify="left" if head in {"layer", "type", "note"} else "right")
+        for entry in (e for e in self.layers if e.channels or e.before.macs or e.requested is not None):
+            left = entry.after.relative_to(entry.before)
+            asked = "" if entry.requested is None else f"{entry.requested:.1%}"
+            own = (str(entry.channels), str(entry.kept), asked, f"{entry.achieved:.1%}") if entry.channels else ("", "", "", "")
+            table.add_row(entry.name, entry.kind, *own, f"{1 - left.params:.1%}", f"{1 - left.macs:.1%}", entry.note)
+        return table
+
     def _closing(self) -> str:
         kind = "the model's own class" if self.kind == "module" else "a GraphModule"
-        lines = [f"Result: {kind}" + (f" ({self.reason})" if self.reason else "")]
+        asked = self._asked()
+        lines = [*([asked] if asked else []), f"Result: {kind}" + (f" ({self.reason})" if self.reason else "")]
         if self.verified:
             lines.append(f"Verified: error {self.error:.1e} (at most {self.tolerance:.0e}), effect of the mask {self.effect:.1e}")
         else:
@@ -138,6 +194,13 @@ class SpeedupReport:
         lines += self.remarks
         lines += [f"No rule for {u.operator} in {u.module or 'the model itself'}: {u.channels} channels frozen" for u in self.unknown]
         return "\n".join(lines)
+
+    def _asked(self) -> str:
+        """Returns the budget and what was achieved of it, in words."""
+        if self.budget is None or self.before is None or self.after is None:
+            return ""
+        left: float = getattr(self.after.relative_to(self.before), self.budget.unit)
+        return f"Budget: {self.budget} to go, {1.0 - left:.2%} went"
 
     def __str__(self) -> str:
         """The report as plain text."""

@@ -13,7 +13,8 @@ from graphprune.arithmetic.places import Undo, assign
 from graphprune.budgets import Plan
 from graphprune.caches import caches, clear
 from graphprune.cost import Cost, count
-from graphprune.errors import VerificationError
+from graphprune.elements import ElementMasks
+from graphprune.errors import MaskError, VerificationError
 from graphprune.groups import trace
 from graphprune.masks import Masks, checked_tensors
 from graphprune.recipes.record import Before, remember
@@ -21,6 +22,7 @@ from graphprune.references import Reference, reference_for
 from graphprune.surgery.attributes import explained, set_attributes
 from graphprune.surgery.discovery import Discovery, discover
 from graphprune.surgery.graphmodule import rewritten
+from graphprune.surgery.layers import layer_reports
 from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 def speedup(
     model: nn.Module,
-    masks: Masks,
+    masks: Masks | ElementMasks,
     example_inputs: object = None,
     *,
     verify: bool = True,
@@ -51,7 +53,8 @@ def speedup(
 
     Args:
         model: the model that the masks were made for; left as it is unless `inplace`.
-        masks: what to keep, see `Masks`.
+        masks: what to keep, see `Masks`. Of masks of single elements, channels go that they remove entirely, all other elements stay zero;
+            example inputs are needed then.
         example_inputs: to run the model on; by default those that the masks' graph was traced with.
         verify: compare with the masked model, on every run. Without it, whether a result of the model's own class runs the recorded
             operators is all that is checked.
@@ -60,9 +63,14 @@ def speedup(
         plan: what was asked of each group, for the report.
 
     Raises:
-        MaskError: the masks were made for another model.
+        MaskError: the masks were made for another model, or are of single elements and `inplace` is asked for.
         VerificationError: the result does not compute what the masked model computes; the first operator that differs is named.
     """
+    if isinstance(masks, ElementMasks):
+        if inplace:
+            fix = "Zero them first: masks.apply(model), then speedup(model, masks.channels(graph), inplace=True)"
+            raise MaskError("masks of single elements cannot be used in place, as the elements that stay zero could not be put back", fix)
+        model, masks = masks.masked(model), masks.channels(trace(model, example_inputs))
     surgeon = _Surgeon(model, _fitting(model, masks, example_inputs), verify=verify, inplace=inplace)
     before = Before.of(model)
     try:
@@ -238,6 +246,8 @@ class _Surgeon:
             unknown=self.graph.unknown,
             remarks=check.remarks if check else (),
             seconds={**self.graph.seconds, **plan.seconds, **self.seconds},
+            layers=tuple(layer_reports(self.model, self.masks, plan)),
+            budget=plan.budget,
         )
 
     def _group_report(self, group: Group, plan: Plan) -> GroupReport:

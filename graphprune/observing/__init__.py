@@ -1,0 +1,14 @@
+"""What data shows of channels and weights: statistics of activations, inputs, gradients and curvature, streamed batch by batch.
+
+Every function takes a `graphprune.data.Source`, leaves the model as it was, and, under `torch.distributed`, returns the same on all
+processes: the statistics of all their batches.
+"""
+
+from __future__ import annotations
+
+from graphprune.observing.activations import Observed, observe_activations
+from graphprune.observing.curvature import observe_curvature
+from graphprune.observing.gradients import observe_joint, observe_products
+from graphprune.observing.inputs import observe_inputs
+
+__all__ = ["Observed", "observe_activations", "observe_curvature", "observe_inputs", "observe_joint", "observe_products"]

@@ -1,0 +1,57 @@
+"""What was asked of every layer, and what it lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from graphprune.cost import Cost
+from graphprune.forecast import Forecast
+from graphprune.surgery.report import LayerReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from graphprune.budgets import Plan
+    from graphprune.graph import DependencyGraph
+    from graphprune.masks import Masks
+
+
+def layer_reports(model: nn.Module, masks: Masks, plan: Plan) -> Iterator[LayerReport]:
+    """Yields one report per module that has parameters or MACs of its own, in the order of execution.
+
+    Args:
+        model: the model before the speedup.
+        masks: what is kept.
+        plan: what was asked.
+    """
+    graph = masks.graph
+    forecast = Forecast(model, graph)
+    before, after = forecast.by_layer({}), forecast.by_layer(masks)
+    produced = _produced(graph, masks)
+    for name, cost in before.items():
+        channels, kept = produced.get(name, (0, 0))
+        requested, note = _asked(name, graph, plan)
+        if cost != Cost(0, 0):
+            yield LayerReport(name, graph.modules.get(name, ""), cost, after[name], channels, kept, requested, note)
+
+
+def _produced(graph: DependencyGraph, masks: Masks) -> dict[str, tuple[int, int]]:
+    """Returns layer -> (how many channels it produces, how many of them are kept)."""
+    positions = masks.positions()
+    out: dict[str, tuple[int, int]] = {}
+    for slot in dict.fromkeys((s.parameter, s.dim) for g in graph.groups for s in g.slices if s.produces):
+        parameter, dim = slot
+        size = graph.shapes[parameter][dim]
+        kept = positions.get(parameter, {}).get(dim, np.arange(size)).size
+        out.setdefault(parameter.rpartition(".")[0], (size, kept))
+    return out
+
+
+def _asked(layer: str, graph: DependencyGraph, plan: Plan) -> tuple[float | None, str]:
+    """Returns what was asked of a layer, and why the groups whose channels it produces lost less."""
+    own = [g.name for g in graph.groups if layer in g.layers]
+    notes = dict.fromkeys(plan.notes[name] for name in own if name in plan.notes)
+    return plan.layers.get(layer), "; ".join(notes)
