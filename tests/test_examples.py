@@ -48,6 +48,17 @@ PROMISES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         (r"dense: +\d+\.\d%", r"recalibrated: +\d+\.\d%", r"fine-tuned: +(\d+\.\d%)(.|\n)*loaded again: \1; ResidualNetwork"),
         ("small.safetensors",),
     ),
+    "pruners": (
+        (r"trained: (9\d|100)\.\d%", r"FPGMPruner: sparsity 3\d\.\d%", r"ADMMPruner: sparsity", r"LevelPruner: sparsity 80\.0%",
+         r"the trained model is as it was: True", r"hessian: 50\.0% of the MACs asked, 5\d\.\d% gone"),
+        ("summary.json",),
+    ),
+    "published_recipes": (
+        (r"VGG-16-A +before +313,463,808 +14,987,722\n +after +206,279,680 +2\.06e8 +34\.2% +34\.2 % +5,397,034 +5\.4e6 +64\.0% +64\.0 %",
+         r"ResNet-56-A +before +125,485,696 +853,018\n +after +112,435,840 +1\.12e8 +10\.4% +10\.4 % +773,336 +7\.7e5",
+         r"ResNet-56-B(.|\n)* after +90,907,264 +9\.09e7 +27\.6% +27\.6 % +735,712 +7\.3e5"),
+        ("recipes.json",),
+    ),
 }  # fmt: skip
 
 
