@@ -23,6 +23,10 @@ class GraphPruneError(Exception):
         self.fix = fix
         super().__init__(f"{what}; {fix}" if fix.endswith("?") else f"{what}. {fix}." if fix else f"{what}.")
 
+    def __reduce__(self) -> tuple[type[GraphPruneError], tuple[str, str]]:
+        """How it is sent from one process to another."""
+        return type(self), (self.what, self.fix)
+
 
 class InputError(GraphPruneError):
     """The example inputs are missing or the model cannot be run on them."""

@@ -132,6 +132,7 @@ class Session:
         how: the user's training.
         penalised: names of the parameters that the penalty is on.
         penalty: from these parameters to a scalar; what it is computed from may change between epochs.
+        does: what the pruner does to these parameters, as messages say it.
 
     Attributes:
         model: the copy. It is in training mode while it trains; afterwards every module has the flag that it was copied with.
@@ -143,11 +144,11 @@ class Session:
         ConfigError: the optimizer holds none of the model's parameters, or lacks one that the penalty is on.
     """
 
-    def __init__(self, model: nn.Module, how: Course, penalised: Iterable[str], penalty: Penalty) -> None:
+    def __init__(self, model: nn.Module, how: Course, penalised: Iterable[str], penalty: Penalty, does: str = "has a penalty on") -> None:
         memo: dict[int, Any] = {}
         self.model = copied(model, memo)
         self.criterion = copied(how.criterion, memo) if isinstance(how.criterion, nn.Module) else how.criterion
-        self.optimizer = _optimizer(model, self.model, how, memo)
+        self.optimizer = twin_optimizer(model, self.model, how, memo)
         self.penalty = penalty
         self.steps = 0
         self._how = how
@@ -156,9 +157,7 @@ class Session:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, weight in self.weights.items():
             if id(weight) not in held or not weight.requires_grad:
-                what = (
-                    f"{how.who} has a penalty on {name!r}, which {'its optimizer does not hold' if weight.requires_grad else 'is frozen'}"
-                )
+                what = f"{how.who} {does} {name!r}, which {'its optimizer does not hold' if weight.requires_grad else 'is frozen'}"
                 raise ConfigError(what, "Let the optimizer train it, or exclude the layer in the config list")
         self.optimizer.register_step_pre_hook(self._before_step)
 
@@ -241,7 +240,7 @@ class Session:
         return value.detach()
 
 
-def _optimizer(model: nn.Module, clone: nn.Module, how: Course, memo: dict[int, Any]) -> Optimizer:
+def twin_optimizer(model: nn.Module, clone: nn.Module, how: Course, memo: dict[int, Any]) -> Optimizer:
     """Returns an optimizer of the copy's parameters."""
     if not isinstance(how.optimizer, Optimizer):
         made = how.optimizer(clone.parameters())

@@ -28,7 +28,7 @@ LAYERS = (
     },
     {"surgery", "verification", "lockstep", "references", "recipes"},
     {"export", "latency", "pruning"},
-    {"schedules", "search"},
+    {"schedules", "search", "runs", "showing"},
     {"report", "compat", "cli", "demo", "__init__", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphprune as gp
-from graphprune.schedules import agp
+from graphprune.schedules import AGP, Constant, Exponential, Joined, Linear, agp
 
 
 @given(st.integers(0, 20), st.integers(1, 12), st.integers(1, 7), st.floats(0, 0.5), st.floats(0.5, 0.99))
@@ -47,3 +48,66 @@ def test_schedules_that_cannot_be_followed_are_refused(arguments: Any, words: st
     """Each wrong argument is one clear error."""
     with pytest.raises(gp.ConfigError, match=words):
         agp(*arguments)
+
+
+@given(st.integers(0, 9), st.integers(1, 30), st.integers(1, 4), st.floats(0, 0.5), st.floats(0.5, 0.99))
+def test_records_equal_their_formulas(start: int, steps: int, frequency: int, initial: float, final: float) -> None:
+    """Linear, exponential, constant and AGP at every step, and that they stay from `end` on."""
+    end = start + steps
+    linear, cubic = Linear(final, end, initial, start), AGP(final, end, initial, start, frequency)
+    exponential, constant = Exponential(final, steps), Constant(final)
+    for step in range(end + 3):
+        share = (step - start) / steps
+        expected = 0.0 if step < start else initial + (final - initial) * min(share, 1.0)
+        assert linear(step) == pytest.approx(expected, abs=1e-12)
+        assert cubic(step) == agp(step, start, end, initial, final, frequency)
+        assert 1 - exponential(step) == pytest.approx((1 - final) ** (min(step, steps) / steps), abs=1e-12)
+        assert constant(step) == final
+    assert (linear.end, cubic.end, exponential.end, constant.end) == (end, end, steps, 0)
+    assert linear(end) == cubic(end) == exponential(steps) == final
+
+
+def test_every_lottery_round_removes_the_same_share_of_what_is_left() -> None:
+    """Frankle & Carbin's 20 % per round: after n rounds 0.8^n is left."""
+    schedule = Exponential(1 - 0.8**5, 5)
+    left = [1 - schedule(i) for i in range(6)]
+    assert [after / before for before, after in pairwise(left)] == pytest.approx([0.8] * 5)
+
+
+def test_the_seeds_ten_epochs_to_eighty_percent() -> None:
+    """From 0 % in epoch 1 to 80 % in epoch 10, every epoch: the cubic formula's numbers, written out."""
+    schedule = AGP(final=0.8, end=10, initial=0.0, start=1, frequency=1)
+    numbers = [0.0, 0.0, 0.2381, 0.4236, 0.5630, 0.6628, 0.7298, 0.7704, 0.7912, 0.7989, 0.8, 0.8]
+    assert [schedule(epoch) for epoch in range(12)] == pytest.approx(numbers, abs=1e-4)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+def test_joined_schedules_follow_each_other(first: int, second: int, more: int) -> None:
+    """Each counts its own steps from where it takes over."""
+    parts = (Linear(0.3, first), Constant(0.3), AGP(0.9, more, 0.3))
+    joined = Joined(parts, (first, first + second))
+    for step in range(first + second + more + 2):
+        number = (step >= first) + (step >= first + second)
+        assert joined(step) == parts[number](step - (0, first, first + second)[number])
+    assert joined.end == first + second + more
+    assert Joined([parts[0]], []).end == first
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Linear(0.5, 3, 0.6), "goes down"),
+        (lambda: Linear(1.0, 3), "final of the schedule is 1.0"),
+        (lambda: AGP(0.5, 3, start=4), "end of the schedule is 3"),
+        (lambda: Exponential(0.5, -1), "end of the schedule is -1"),
+        (lambda: Constant(-0.1), "final of the schedule is -0.1"),
+        (lambda: Joined((Constant(0.1),), (3,)), "1 schedules are joined at 1 steps"),
+        (lambda: Joined((Constant(0.1),) * 3, (3, 3)), "numbers above 0 that rise"),
+        (lambda: Exponential(0.5, 3)(-1), "step of the schedule is -1"),
+        (lambda: Linear(0.5, 3)(1.5), "step of the schedule is 1.5"),  # type: ignore[arg-type]
+    ],
+)
+def test_records_that_cannot_be_followed_are_refused(make: Any, words: str) -> None:
+    """Each wrong number is one clear error."""
+    with pytest.raises(gp.ConfigError, match=words):
+        make()

@@ -8,37 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from graphprune import pruners
 from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError
+from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.schedules import agp
+from graphprune.schedules.keeping import Keeper
 
 ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
 
 _SCHEDULE = {"initial_sparsity": 0.0, "final_sparsity": None, "start_epoch": 0, "end_epoch": None, "frequency": 1}  # None: must be given
-
-
-class _Keeper:
-    """A forward pre-hook that zeroes the removed weights of the module that it is called with.
-
-    It writes past autograd, so that a backward pass through an earlier forward pass still works, and holds names rather than tensors, so
-    that a copied model keeps its own weights masked.
-    """
-
-    def __init__(self) -> None:
-        self.gone: dict[str, torch.Tensor] = {}
-
-    def __call__(self, module: nn.Module, _inputs: object) -> None:
-        """Zeroes them."""
-        for name, gone in self.gone.items():
-            weight = module.get_parameter(name).data
-            if gone.device != weight.device:
-                self.gone[name] = gone.to(weight.device)
-            weight.masked_fill_(self.gone[name], 0)
 
 
 class _InPlace:
@@ -61,8 +42,7 @@ class _InPlace:
         self.config_list = config_list
         self._model: nn.Module | None = None
         self._masks: ElementMasks | None = None
-        self._keepers: dict[str, _Keeper] = {}
-        self._handles: list[RemovableHandle] = []
+        self._keeper: Keeper | None = None
 
     def __call__(self, model: nn.Module) -> nn.Module:
         """Masks the weights of a model in place, and keeps them masked in every forward pass from here on; returns the same model.
@@ -96,10 +76,9 @@ class _InPlace:
             ConfigError: the pruner has not been called with a model, or has finished.
         """
         model, masks = self._bound()
-        masks.apply(model)
-        for handle in self._handles:
-            handle.remove()
-        self._model, self._masks, self._handles, self._keepers = None, None, [], {}
+        if self._keeper is not None:
+            self._keeper.release()
+        self._model, self._masks, self._keeper = None, None, None
         return model, masks
 
     def _first(self, model: nn.Module) -> ElementMasks:
@@ -112,20 +91,11 @@ class _InPlace:
         return self._model, self._masks
 
     def _put(self, masks: ElementMasks) -> None:
-        """Masks the model, with hooks on it and on the layers that hold the weights, as training loops call either."""
+        """Masks the model, and holds it and its layers to the masks, as training loops call either."""
         assert self._model is not None  # noqa: S101 (the caller has set it)
         self._masks = masks
-        masks.apply(self._model)
-        for name, module in self._model.named_modules():
-            weight = f"{name}.weight" if name else "weight"
-            gone = {parameter: ~mask for parameter, mask in masks.items()} if not name else {}
-            if name and weight in masks:
-                gone = {"weight": ~masks[weight]}
-            if name not in self._keepers and gone:
-                self._keepers[name] = _Keeper()
-                self._handles.append(module.register_forward_pre_hook(self._keepers[name]))
-            if gone:
-                self._keepers[name].gone = gone
+        self._keeper = self._keeper or Keeper(self._model)
+        self._keeper.hold(masks)
 
 
 class LevelPruner(_InPlace):
@@ -227,25 +197,11 @@ class SensitivityPruner(_ByEpoch):
     """
 
     def _first(self, model: nn.Module) -> ElementMasks:
-        return self._below(model, None)
+        return reaching_threshold(model, self.config_list)
 
     def _at(self, model: nn.Module, epoch: int) -> ElementMasks | None:
         del epoch  # the threshold follows from the weights alone
-        return self._below(model, self._masks)
-
-    def _below(self, model: nn.Module, before: ElementMasks | None) -> ElementMasks:
-        """Returns masks of the weights that reach the threshold, apart from those that are masked already."""
-        kept: dict[str, torch.Tensor] = {}
-        for weight in pruners.LevelPruner(model, self.config_list).weights:
-            if weight.config.total is not None:
-                what = f"config_list[{weight.config.entry}] gives a total_sparsity, and SensitivityPruner has a threshold per layer"
-                raise ConfigError(what, "Write 'sparsity', the factor of the layer's standard deviation")
-            values = weight.tensor.detach()
-            threshold = (weight.config.sparsity or 0.0) * values.double().std(correction=0)
-            kept[weight.parameter] = (values.abs() >= threshold).cpu()
-            if before is not None:
-                kept[weight.parameter] &= before[weight.parameter]
-        return ElementMasks(model, kept)
+        return reaching_threshold(model, self.config_list, self._masks)
 
 
 def _planned(index: int, entry: Mapping[str, Any], epoch: int) -> float:

@@ -1,0 +1,232 @@
+"""Movement pruning: while a model is fine-tuned, what its weights move away from stays and what they move towards zero goes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graphprune.budgets import Plan
+from graphprune.data import source
+from graphprune.errors import ConfigError, nearest
+from graphprune.pruners.base import Options
+from graphprune.schedules.moving import Movement, Moving
+from graphprune.schedules.scored import Blocks, Channels, Scored
+from graphprune.training import check_count, course, refuse_former
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from graphprune.elements import ElementMasks
+    from graphprune.masks import Masks
+    from graphprune.training import MakeOptimizer, Trainer
+
+MovementMode: TypeAlias = Literal["hard", "soft"]
+_KINDS = ("finegrained", "rows", "channels", "auto")
+_SCORE_LR = 1e-2
+_FORMER = {
+    "training_steps": "training_epochs=, the number of calls of the trainer",
+    "evaluator": "trainer=, optimizer= and criterion=, or data= and loss=",
+    "warmup_step": "warm_up_step=",
+    "cooldown_begin_step": "cool_down_beginning_step=",
+    "dummy_input": "example_inputs=",
+}
+
+
+class MovementPruner:
+    """Learns which weights to keep during fine-tuning (Sanh et al., Movement Pruning, arXiv 2005.07683, section 3).
+
+    A copy of the model computes with W' = W * M(S) in place of W. Scores S start at 0 and are trained together with the weights, by
+    gradients that pass straight through M: dL/dS = dL/dM = dL/dW' * W, also where M is 0, so that what was masked can return. Where one
+    score decides about several weights, its gradient is the sum over them. Masks are computed anew after every step, from the scores
+    alone:
+
+        t < warm_up_step                              M = 1; scores are learned
+        warm_up_step <= t < cool_down_beginning_step  "hard": of the scores, the share r_t * sparsity that is lowest is masked
+                                                      "soft": M = sigmoid(S) > r_t * threshold, and the loss has the term
+                                                      r_t * regular_scale * mean over score tensors of mean sigmoid(S)
+        t >= cool_down_beginning_step                 the masks of that step stay; only weights are trained
+
+    with r_t = 1 - (1 - (t - warm_up_step) / (cool_down_beginning_step - warm_up_step))^3, the cubic schedule of the paper, where t counts
+    the steps that the optimizer has taken. In the cool-down all that belongs to a channel that goes is zeroed after each step, biases too,
+    so that what is trained there is what `speedup` makes small. While it trains, the copy's masked weights are parametrizations of
+    `torch.nn.utils.parametrize` (a state dict taken by the trainer says so); the copy that is returned has none.
+
+    Args:
+        model: left bit-identical, as is the optimizer.
+        config_list: entries as in the seeds, see `graphprune.config`. Sparsities are shares of what there is a score for. In mode "soft",
+            as in NNI, `sparsity` is the threshold that the sigmoid of scores is compared with, usually 0.1.
+        trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
+        optimizer: bound to the model's parameters, or a function from parameters to an optimizer.
+        criterion: handed to the trainer.
+        warm_up_step: t at which masking begins.
+        cool_down_beginning_step: t from which masks stay as they are; training must reach it.
+        training_epochs: how many epochs to train, at least 1.
+        regular_scale: lambda of the regulariser; mode "soft" needs it (NNI recommends 1 to 30).
+        movement_mode: "hard" or "soft".
+        sparse_granularity: what has one score: "finegrained", a single weight; "rows", an output row of a weight; (height, width), a block
+            of a matrix (Lagunas et al., arXiv 2109.04838); "channels" or "auto", a channel of a coupled group, such as a neuron of a
+            feed-forward layer or a whole attention head, whose score masks all weights that produce it (where a batch norm follows, its
+            scale, as scores of whole rows learn nothing in front of one), and which `speedup` removes.
+        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.Loader`.
+        loss: of the data: from output and target to one number.
+        score_optimizer: from the scores to the optimizer that trains them; by default Adam with a learning rate of 0.01.
+        example_inputs: of "channels", what to trace the model with; without them the first batch of the training is taken.
+        options: of "channels": mode, rounding, round_to, cut and graph as of `Pruner`.
+
+    Attributes:
+        model: after `masks` or `compress` the trained copy, not masked, with the training flags of the model that was given.
+        scores: after training, name of a weight (of "channels", of a group) -> its scores.
+        achieved: after training, the same names -> the share of their scores whose weights went.
+        history: one `Movement` per epoch.
+
+    Raises:
+        ConfigError: an argument is unusable or missing.
+        InputError: of "channels", there is nothing to trace the model with, or it cannot run on it.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 (the call shape of the seeds)
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        trainer: Trainer | None = None,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        criterion: Any = None,
+        warm_up_step: int = 0,
+        cool_down_beginning_step: int | None = None,
+        training_epochs: int = 1,
+        regular_scale: float | None = None,
+        movement_mode: MovementMode = "hard",
+        sparse_granularity: str | Sequence[int] = "finegrained",
+        *,
+        data: Any = None,
+        loss: Any = None,
+        score_optimizer: MakeOptimizer | None = None,
+        example_inputs: object = None,
+        **options: Unpack[Options],
+    ) -> None:
+        who = type(self).__name__
+        refuse_former(who, options, _FORMER)
+        self.warm_up_step = check_count(warm_up_step, "warm_up_step", 0)
+        self.cool_down_beginning_step = check_count(cool_down_beginning_step, "cool_down_beginning_step", self.warm_up_step + 1)
+        self.training_epochs = check_count(training_epochs, "training_epochs", 1)
+        self.movement_mode: MovementMode = _checked_mode(who, movement_mode, regular_scale)
+        self.regular_scale = float(regular_scale or 0.0)
+        self.course = course(who, trainer, optimizer, criterion, data, loss)
+        self.score_optimizer: MakeOptimizer = score_optimizer or _adam
+        kind = _checked_granularity(sparse_granularity)
+        self.scored: Scored
+        if kind == "channels":
+            if example_inputs is None and options.get("graph") is None:
+                seen = {"data": data, "loss": loss, "trainer": trainer, "optimizer": optimizer, "criterion": criterion}
+                options["source"] = source(**seen, limit=1, who=who)
+            self.scored = Channels(who, model, config_list, example_inputs, **options)
+        else:
+            if options:
+                what = f"{who} masks weights of single layers (sparse_granularity {sparse_granularity!r}) and has no argument"
+                raise ConfigError(f"{what} {next(iter(options))}=", "Leave it out, or write sparse_granularity='channels'")
+            self.scored = Blocks(model, config_list, kind)
+        if movement_mode == "soft" and any("total_sparsity" in entry for entry in config_list):
+            what = f"the config list of {who} has a 'total_sparsity', but movement_mode 'soft' compares every score with a threshold"
+            raise ConfigError(what, "Write the threshold as 'sparsity', such as 0.1, or movement_mode='hard'")
+        self.model = model
+        self.scores: dict[str, Tensor] = {}
+        self.achieved: dict[str, float] = {}
+        self.history: tuple[Movement, ...] = ()
+        self._masks: Masks | ElementMasks | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was asked of each group and why some lost less (of "channels"), for the report of `speedup`."""
+        return self.scored.plan
+
+    def stage(self, step: int) -> float:
+        """Returns r_t, the part of the sparsity or threshold asked for that holds behind `step` steps, in [0, 1]."""
+        length = self.cool_down_beginning_step - self.warm_up_step
+        return 1.0 - (1.0 - min(max((step - self.warm_up_step) / length, 0.0), 1.0)) ** 3
+
+    def compress(self) -> tuple[nn.Module, Masks | ElementMasks]:
+        """Returns (a copy of the trained model with what the masks remove zeroed, the masks)."""
+        masks = self.masks()
+        return masks.masked(self.model), masks
+
+    def masks(self) -> Masks | ElementMasks:
+        """Returns the masks of the cool-down; trains on the first call.
+
+        Raises:
+            ConfigError: the optimizer does not hold what is masked, the trainer never steps it, training ends before the cool-down, or a
+                masked weight takes no part in the loss.
+            InputError: weights or scores are no longer finite.
+        """
+        if self._masks is None:
+            moving, history = Moving(self.model, self), []
+            with moving.masked():
+                for epoch in range(1, self.training_epochs + 1):
+                    moving.session.epochs(1)
+                    history.append(moving.record(epoch))
+                    self._check_length(history[-1])
+            moving.check_reached()
+            self.history = tuple(history)
+            self.scores = {name: score.detach() for name, score in moving.scores.items()}
+            self.achieved = {name: 1.0 - float(flags.double().mean()) for name, flags in moving.kept.items()}
+            self.model, self._masks = moving.session.model, self.scored.masks(moving.kept)
+        return self._masks
+
+    def _check_length(self, record: Movement) -> None:
+        """Warns behind the first epoch, and raises behind the last, where training does not reach the cool-down."""
+        last = record.epoch == self.training_epochs
+        if record.steps * (1 if last else self.training_epochs) >= self.cool_down_beginning_step or not (last or record.epoch == 1):
+            return
+        begins = f"but masks are final at step {self.cool_down_beginning_step} (cool_down_beginning_step)"
+        if last:
+            what = f"the training of {type(self).__name__} took {record.steps} steps, {begins}"
+            raise ConfigError(what, "Lower cool_down_beginning_step, or raise training_epochs")
+        warnings.warn(
+            f"the first of {self.training_epochs} epochs of {type(self).__name__} took {record.steps} steps, {begins}: with epochs of this "
+            "length, training ends before that. Lower it, or raise training_epochs.",
+            stacklevel=4,
+        )
+
+
+def _adam(scores: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(scores, lr=_SCORE_LR)
+
+
+def _checked_mode(who: str, mode: object, scale: object) -> MovementMode:
+    """Returns the mode.
+
+    Raises:
+        ConfigError: it is unknown, or the regulariser that belongs to it is missing, or given with the other.
+    """
+    if mode not in get_args(MovementMode):
+        raise ConfigError(f"movement_mode is {mode!r}", f"Use one of {', '.join(map(repr, get_args(MovementMode)))}")
+    if mode == "hard":
+        if scale is not None:
+            raise ConfigError(f"{who} has a regular_scale, but movement_mode 'hard' has no regulariser", "Leave it out, or write 'soft'")
+        return "hard"
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        what = f"regular_scale is {scale!r}, and movement_mode 'soft' needs a regulariser to make anything go"
+        raise ConfigError(what, "Pass a number above 0, such as 10")
+    return "soft"
+
+
+def _checked_granularity(value: object) -> str | tuple[int, int]:
+    """Returns a granularity; "auto" is "channels".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, str) and value in _KINDS:
+        return "channels" if value == "auto" else value
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
+        return (value[0], value[1])
+    kinds = ", ".join(map(repr, _KINDS))
+    hint = nearest(value, _KINDS) if isinstance(value, str) else ""
+    raise ConfigError(
+        f"sparse_granularity is {value!r}", hint or f"Use one of {kinds}, or the height and width of a block such as (32, 32)"
+    )

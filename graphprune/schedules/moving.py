@@ -1,0 +1,212 @@
+"""A model in training with masked weights, whose masks learn from the gradients that pass straight through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from graphprune.errors import ConfigError, InputError
+from graphprune.training import Session
+
+if TYPE_CHECKING:
+    from graphprune.schedules.movement import MovementPruner
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Where movement pruning stood behind an epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        steps: how many steps the optimizer had taken.
+        stage: how far the schedule had come, from 0 (nothing masked) to 1 (all that is asked for).
+        sparsity: the share of all scores whose weights were masked.
+    """
+
+    epoch: int
+    steps: int
+    stage: float
+    sparsity: float
+
+
+class _Mask(nn.Module):
+    """W' = W * M, with M as a tensor that is no parameter of the model."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Returns the masked weight."""
+        return weight * self.mask.to(weight.device)
+
+
+class Moving:
+    """A copy in training, with its scores and masks.
+
+    The masks are leaves of autograd, so backward passes leave dL/dW' * W in their `.grad`. They stand in the optimizer's first group, where
+    `zero_grad`, gradient scalers and averaging over processes reach them; their gradients are taken away before each step, so that the
+    optimizer leaves them alone.
+
+    Args:
+        model: left bit-identical.
+        pruner: what is trained, and how.
+
+    Attributes:
+        session: trains the copy.
+        scores: by name.
+        kept: the same names -> which scores' weights are not masked now.
+
+    Raises:
+        ConfigError: the optimizer does not hold what is masked, or a masked weight cannot be reached.
+    """
+
+    def __init__(self, model: nn.Module, pruner: MovementPruner) -> None:
+        self.session = Session(model, pruner.course, pruner.scored.parameters, _no_penalty, does="masks")
+        self._pruner, self._scored, self._who = pruner, pruner.scored, type(pruner).__name__
+        self._tensors = dict(self.session.model.named_parameters(remove_duplicate=False))
+        self._holders = _holders(self.session.model, self.session.weights, self._who)
+        self._leaves = {name: torch.ones_like(w, requires_grad=True) for name, w in self.session.weights.items()}
+        some = next(iter(self._leaves.values()))
+        kind = torch.float64 if some.dtype == torch.float64 else torch.float32
+        self.scores = {name: nn.Parameter(some.new_zeros(shape, dtype=kind)) for name, shape in self._scored.shapes.items()}
+        self.kept = {name: torch.ones_like(score, dtype=torch.bool) for name, score in self.scores.items()}
+        self._trainer: object = pruner.score_optimizer(list(self.scores.values()))
+        if not isinstance(self._trainer, Optimizer):
+            what = f"the score_optimizer of {self._who} returned a {type(self._trainer).__name__}"
+            raise ConfigError(what, "Pass a function from parameters to a torch.optim.Optimizer")
+        self._gradients: dict[str, Tensor] | None = None
+        self._reached: set[str] = set()
+        self._owned: dict[str, Tensor] = {}
+        optimizer = self.session.optimizer
+        if not isinstance(optimizer, torch.optim.LBFGS):  # which remembers how many numbers it optimizes
+            optimizer.param_groups[0]["params"].extend(self._leaves.values())
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """Lets the copy compute with masked weights within the block; afterwards its modules are as they were, but for their values."""
+        order = {module: list(module._parameters) for module, _, _ in self._holders}  # noqa: SLF001 (parametrizing changes their order)
+        try:
+            for module, attribute, name in self._holders:
+                parametrize.register_parametrization(module, attribute, _Mask(self._leaves[name]))
+            yield
+        finally:
+            for module, attribute, _ in self._holders:
+                if parametrize.is_parametrized(module, attribute):
+                    parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            for module, names in order.items():
+                found = module._parameters  # noqa: SLF001
+                for name in names:
+                    found[name] = found.pop(name)
+
+    def record(self, epoch: int) -> Movement:
+        """Returns where training stands.
+
+        Raises:
+            InputError: scores are no longer finite.
+        """
+        for name, score in self.scores.items():
+            if not bool(score.isfinite().all()):
+                what = f"the training of {self._who} diverged: the scores of {name!r} are not finite after {self.session.steps} steps"
+                raise InputError(what, "Lower the learning rate of the model or of score_optimizer")
+        total = sum(flags.numel() for flags in self.kept.values())
+        gone = total - sum(int(flags.sum()) for flags in self.kept.values())
+        return Movement(epoch, self.session.steps, self._pruner.stage(self.session.steps), gone / total)
+
+    def check_reached(self) -> None:
+        """Raises where nothing is known of a weight.
+
+        Raises:
+            ConfigError: no gradient ever reached its mask.
+        """
+        for name in self._leaves:
+            if name not in self._reached:
+                what = f"no gradient reached {name!r} in the training of {self._who}, so there is nothing to score it by"
+                raise ConfigError(what, "Let the loss depend on it, or exclude the layer in the config list")
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Takes the gradients of the masks now, or behind the first call of a closure."""
+        this, *rest = args
+        closure = kwargs.get("closure", rest[0] if rest else None)
+        if closure is None:
+            self._take(getattr(optimizer, "grad_scale", None))  # fused optimizers are given gradients that are still scaled
+            return args, kwargs
+
+        def taken() -> Any:
+            value = closure()
+            self._take()
+            return value
+
+        return ((this, taken, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": taken})
+
+    def _take(self, scale: Tensor | None = None) -> None:
+        found = {name: leaf.grad for name, leaf in self._leaves.items() if leaf.grad is not None}
+        for leaf in self._leaves.values():
+            leaf.grad = None
+        if self._gradients is None:
+            self._gradients = {n: g if scale is None else g / scale.to(g.device) for n, g in found.items()}
+
+    def _after(self, *_: Any) -> None:
+        """Trains the scores and computes the masks anew; in the cool-down, keeps at zero what has gone."""
+        taken, self._gradients = self._gradients or {}, None
+        steps, end = self.session.steps, self._pruner.cool_down_beginning_step
+        with torch.no_grad():
+            if steps <= end:
+                self._reached.update(taken)
+                self._train_scores(taken, self._pruner.stage(steps - 1))
+                self._mask(self._pruner.stage(steps))
+            if steps == end:
+                self._owned = self._scored.owned(self._scored.masks(self.kept))
+            for name, mask in self._owned.items():
+                self._tensors[name].masked_fill_(~mask.to(self._tensors[name].device), 0)
+
+    def _train_scores(self, taken: Mapping[str, Tensor], stage: float) -> None:
+        for score in self.scores.values():
+            score.grad = None
+        for name, gradient in self._scored.gathered(taken).items():
+            self.scores[name].grad = gradient.to(self.scores[name])
+        if self._pruner.movement_mode == "soft" and stage > 0:
+            strength = stage * self._pruner.regular_scale / len(self.scores)
+            for score in self.scores.values():
+                sigma = score.sigmoid()
+                slope = strength / score.numel() * sigma * (1 - sigma)
+                score.grad = slope if score.grad is None else score.grad + slope
+        assert isinstance(self._trainer, Optimizer)  # noqa: S101 (checked when it was made)
+        self._trainer.step()
+
+    def _mask(self, stage: float) -> None:
+        if stage > 0:
+            choose = self._scored.highest if self._pruner.movement_mode == "hard" else self._scored.above
+            self.kept = choose(self.scores, stage)
+            self._scored.spread(self.kept, self._leaves)
+
+
+def _holders(model: nn.Module, weights: Mapping[str, nn.Parameter], who: str) -> list[tuple[nn.Module, str, str]]:
+    """Returns (module, attribute, name of the weight) for all places where a weight is held; there are several where it is tied.
+
+    Raises:
+        ConfigError: a module computes with references to its weights of its own, which masks would not reach.
+    """
+    names = {id(weight): name for name, weight in weights.items()}
+    found = []
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in names:
+                if isinstance(module, nn.RNNBase):
+                    what = f"{who} cannot mask {names[id(parameter)]!r} of a {type(module).__name__}, which keeps its weights in a list"
+                    raise ConfigError(what, "Exclude the layer in the config list")
+                found.append((module, attribute, names[id(parameter)]))
+    return found
+
+
+def _no_penalty(_: Mapping[str, Tensor]) -> Tensor:
+    return torch.zeros((), requires_grad=True)

@@ -1,0 +1,350 @@
+"""Pruning in rounds: prune a little, train, evaluate, again, by any one-shot pruner; with masks alone, or with physical removal.
+
+config list ──▶ schedule per entry ──▶ one-shot pruner on what is left ──▶ (speedup, the optimizer follows) ──▶ train ──▶ evaluate ──▶ save
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from graphprune.cost import count
+from graphprune.elements import ElementMasks
+from graphprune.errors import ConfigError, InputError
+from graphprune.forecast import Forecast
+from graphprune.groups import trace
+from graphprune.masks import Masks, copied
+from graphprune.pruners import Pruner
+from graphprune.runs import Run, digest
+from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of
+from graphprune.schedules.entries import Planned, planned, relative
+from graphprune.schedules.finetuning import Trainee, Wishes
+from graphprune.schedules.functions import Linear, Schedule
+from graphprune.schedules.history import History, Round, bar
+from graphprune.schedules.keeping import held, removed
+from graphprune.schedules.state import Outcome, State
+from graphprune.training import Course, check_count
+
+if TYPE_CHECKING:
+    from graphprune.graph import DependencyGraph
+    from graphprune.schedules.finetuning import Finetune, MakeScheduler
+
+
+class RoundsPruner:
+    """What the pruners that work in rounds share. Round t of n: prune to the sparsities of step t, train, evaluate.
+
+    Sparsities are always shares of the ORIGINAL model: of its channels, or of its weights. What has gone once stays gone (but for ADMM
+    without speedup, which chooses anew).
+
+    Args:
+        model: left bit-identical, as is the optimizer.
+        config_list: entries with the sparsities to reach, see `graphprune.config`.
+        pruning_algorithm: "level", "l1", "l2", "fpgm", "slim", "apoz", "mean_activation", "taylorfo" or "admm", or a pruner's class.
+        total_iteration: n, how many rounds.
+        log_dir: another name of `folder`.
+        keep_intermediate_result: write the tensors of every round's model into `folder`/rounds, one safetensors file each.
+        evaluator: from a model to its score, higher = better.
+        speedup: remove channels physically in every round; layers are found again in the smaller model, and the optimizer follows.
+            Without it they are masked: zeroed before every forward pass.
+        pruning_params: further arguments of the one-shot pruner. Those of data are by default the pruner's own.
+
+    Keyword Args:
+        finetune: trains the model that it is given, in place, once per round.
+        trainer: in its place `trainer(model, optimizer, criterion)`, one epoch per call, as in the seeds.
+        optimizer: of the model's parameters (it is copied), or a function from parameters to one; it goes through all rounds.
+        criterion: handed to the trainer.
+        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.Loader`.
+        loss: of the data.
+        training_epochs: calls of the trainer per round.
+        lr_scheduler: from the optimizer to a learning-rate scheduler that is stepped per epoch; every round begins it anew.
+        example_inputs: what to find the groups with, see `Pruner`.
+        folder: every round is saved here, atomically; the same call goes on from there, with the random numbers of then (of the global
+            generators: seed your own by what they are for). In the end the history is written here, as CSV and, by matplotlib, as a plot.
+        progress: show a bar with score, sparsity and time left.
+
+    Attributes:
+        graph: the original model's, or None where single weights or layers are masked.
+
+    Raises:
+        ConfigError: an argument is not usable, or some do not go together.
+        InputError: the model cannot be traced.
+    """
+
+    kind: ClassVar[str] = "rounds"
+    own_schedules: ClassVar[bool] = False  # whether entries may have schedules of their own
+    first: ClassVar[int] = 1  # the first round; round 0 trains the whole model
+
+    def __init__(  # noqa: PLR0913 (the call shape of NNI, and the project's words)
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        pruning_algorithm: str | type[OneShot] = "level",
+        total_iteration: int | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        keep_intermediate_result: bool = False,  # noqa: FBT001, FBT002 (the call shape of NNI)
+        evaluator: Callable[[nn.Module], float] | None = None,
+        speedup: bool = False,  # noqa: FBT001, FBT002 (the call shape of NNI)
+        pruning_params: Mapping[str, Any] | None = None,
+        *,
+        finetune: Finetune | None = None,
+        trainer: Any = None,
+        optimizer: Any = None,
+        criterion: Any = None,
+        data: Any = None,
+        loss: Any = None,
+        training_epochs: int = 1,
+        lr_scheduler: MakeScheduler | None = None,
+        example_inputs: object = None,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> None:
+        who = type(self).__name__
+        self.model = model
+        self.evaluator = evaluator
+        self.speedup = speedup
+        self.progress = progress
+        self.folder = log_dir if folder is None else folder
+        self.keep = keep_intermediate_result
+        if evaluator is not None and not callable(evaluator):
+            raise ConfigError(f"evaluator of {who} is a {type(evaluator).__name__}", "Pass a function from a model to its score")
+        if self.keep and self.folder is None:
+            raise ConfigError(f"{who} is to keep intermediate results, and has no folder", "Pass folder=")
+        steps = 10 if total_iteration is None else check_count(total_iteration, "total_iteration", 1)
+        self.plan: Planned = planned(config_list, who, lambda final: self.schedule(final, steps), own=self.own_schedules)
+        self.total = max(self.plan.end, 1) if total_iteration is None else steps
+        self.wishes = Wishes(finetune, trainer, optimizer, criterion, data, loss, training_epochs, lr_scheduler)
+        self._how = self.wishes.checked(who)
+        self.algorithm = Algorithm.of(pruning_algorithm, pruning_params, vars(self.wishes), who)
+        self._check_optimizers(who)
+        self._example_inputs = example_inputs
+        self._one_shot = self.algorithm.pruner(model, list(self.plan.entries), example_inputs=example_inputs)
+        self._chooser = chooser(self._one_shot)
+        self.graph = None if self._chooser is None else self._chooser.graph
+        if speedup and self.graph is None:
+            single = "single weights or single layers, which cannot be removed"
+            what = f"{who} is to speed up, but {type(self._one_shot).__name__} masks {single}"
+            raise ConfigError(what, "Use an algorithm of channels, such as 'l1' with example_inputs=, or speedup=False")
+        if self.graph is None and isinstance(self._one_shot, Pruner):
+            self.algorithm = replace(self.algorithm, params={**self.algorithm.params, "mode": "normal"})
+        self._forecast = None if self.graph is None else Forecast(model, self.graph)
+        self._state: State | None = None
+        self._broken = False
+
+    def schedule(self, final: float, steps: int) -> Schedule:
+        """Returns the schedule that reaches a sparsity in a number of steps."""
+        raise NotImplementedError
+
+    # -- results -----------------------------------------------------------------------------------------------------------------
+
+    def compress(self) -> tuple[nn.Module, Masks | ElementMasks]:
+        """Runs the rounds that are missing; returns (the model of the last, the masks of the original model).
+
+        Raises:
+            ConfigError: the trainer never steps its optimizer, or the evaluator returns no number.
+            FileError: the folder holds a run with other settings.
+            VerificationError: a shrunk model does not compute what its masked model computes.
+        """
+        if len(self.history) < self.total + 1 - self.first:
+            run = Run(self.folder, self.kind, self.settings())
+            if self._state is None or self._broken:
+                self._state = None
+                self._begin(run)
+            self._broken = True  # until all rounds are done: what an exception leaves is no round
+            with bar(type(self).__name__, self.total + 1 - self.first, len(self.history), shown=self.progress) as shows:
+                for number in range(self.first + len(self.history), self.total + 1):
+                    shows(self._round(number))
+                    run.save(*self.state.saved())
+                    self._keep(number)
+            self._broken = False
+            if self.folder is not None:
+                self.history.to_csv(Path(self.folder) / f"{self.kind}.csv")
+                if find_spec("matplotlib") is not None:
+                    self.history.plot(Path(self.folder) / f"{self.kind}.png")
+        last = self.last
+        return last.model, last.masks
+
+    @property
+    def history(self) -> History:
+        """The rounds so far, as a table, CSV or plot."""
+        return History(() if self._state is None else self._state.rounds, type(self).__name__)
+
+    @property
+    def last(self) -> Outcome:
+        """What the last round left.
+
+        Raises:
+            ConfigError: there was none yet.
+        """
+        if self._state is None or not self._state.rounds or self._state.masks is None:
+            raise ConfigError(f"{type(self).__name__} has no result yet", "Call compress() first")
+        return Outcome(self._state.rounds[-1], self._state.trainee.model, self._state.masks)
+
+    @property
+    def best(self) -> Outcome:
+        """What the round with the highest score left, of equal ones the sparser; without an evaluator, the last.
+
+        Raises:
+            ConfigError: there was none yet.
+        """
+        return self.last if self._state is None or self._state.best is None else self._state.best
+
+    def get_best_result(self) -> tuple[int, nn.Module, Masks | ElementMasks, float | None, list[dict[str, Any]]]:
+        """Returns the best round as NNI does: (number, model, masks, score, config list of that round)."""
+        found = self.best
+        return found.round.number, found.model, found.masks, found.round.score, self.plan.at(found.round.number)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what the result depends on, as plain values, for `Run`."""
+        params = {name: value if _is_simple(value) else type(value).__name__ for name, value in self.algorithm.params.items()}
+        tensors = {n: t for n, t in self.model.state_dict().items() if isinstance(t, torch.Tensor)}
+        return {
+            "pruner": type(self).__name__,
+            "algorithm": self.algorithm.kind.__name__,
+            "entries": [self.plan.at(step) for step in range(self.total + 1)],
+            "total_iteration": self.total,
+            "speedup": self.speedup,
+            "training_epochs": self.wishes.training_epochs,
+            "pruning_params": params,
+            "model": digest(tensors),
+        }
+
+    # -- one round ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Where the rounds are; a copy of the model and of its optimizer is made when they begin."""
+        if self._state is None:
+            params = self.algorithm.params
+            idle = self._how is None and isinstance(params.get("optimizer"), Optimizer)
+            trainer: Any = params.get("trainer")
+            how = Course(type(self).__name__, trainer, params["optimizer"]) if idle else self._how
+            trainee = Trainee.of(self.model, self.wishes, how, idle=idle)
+            self._state = State(trainee, self.graph, None if self.graph is None else Masks(self.graph))
+        return self._state
+
+    def _begin(self, run: Run) -> None:
+        """Starts, or goes on where the run was."""
+        saved = run.load()
+        if saved is not None:
+            self.state.restore(saved)
+            run.load()  # for its random numbers, of which tracing the model may have used some
+        elif run.path is not None and self.state.trainee.strangers:
+            what = f"the optimizer of {type(self).__name__} trains parameters besides the model's, which are not saved"
+            raise ConfigError(what, "Leave folder= out, or move these parameters into the model")
+
+    def _round(self, number: int) -> Round:
+        start = time.perf_counter()
+        state = self.state
+        if number:
+            self.prune(number)
+        self.train(number)
+        score = None if self.evaluator is None else self._score(state.trainee.model)
+        params, macs = self._cost()
+        sparsity = 0.0 if state.masks is None else state.masks.sparsity
+        record = Round(number, self.plan.asked(number), sparsity, params, macs, score, time.perf_counter() - start)
+        state.rounds = (*state.rounds, record)
+        if score is not None and number and state.masks is not None and self.history.best is record:
+            state.best = Outcome(record, copied(state.trainee.model, {}), state.masks)
+        return record
+
+    def train(self, number: int) -> None:
+        """Trains the model behind the pruning of a round."""
+        del number
+        self.state.trainee.train(None if self.speedup else self.state.masks)
+
+    def prune(self, number: int) -> None:
+        """Prunes to the sparsities of a round."""
+        state = self.state
+        if self.speedup:
+            assert self._chooser is not None  # noqa: S101 (checked when the pruner was made)
+            assert isinstance(state.masks, Masks)  # noqa: S101 (likewise)
+            entries = relative(self.plan, number, self._chooser, state.masks)
+            masks = self._chosen(entries, trace(state.trainee.model, self._chooser.graph.engine.program.inputs))
+            assert isinstance(masks, Masks)  # noqa: S101 (of channels, as there is a graph)
+            if masks.sparsity:
+                state.shrink(masks)
+            return
+        with held(state.trainee.model, state.masks if self.algorithm.trains else None):
+            chosen = self._chosen(self.plan.at(number), self.graph)
+        state.masks = chosen
+        chosen.apply(state.trainee.model)
+
+    def _chosen(self, entries: list[dict[str, Any]], graph: DependencyGraph | None) -> Masks | ElementMasks:
+        """Returns the one-shot pruner's masks; weights that it trained are taken over."""
+        trainee = self.state.trainee
+        gone = None if self.speedup else self.state.masks
+        pruner = self.algorithm.pruner(trainee.model, entries, graph, trainee.optimizer, self._example_inputs, gone)
+        model, masks = masks_of(pruner)
+        if model is not trainee.model:
+            trainee.model.load_state_dict(model.state_dict())
+        return masks
+
+    def _score(self, model: nn.Module) -> float:
+        assert self.evaluator is not None  # noqa: S101 (the caller has looked)
+        flags = [(module, module.training) for module in model.modules()]
+        score = self.evaluator(model)
+        for module, flag in flags:
+            module.training = flag
+        try:
+            number = float(score)
+        except (TypeError, ValueError) as error:
+            what = f"the evaluator of {type(self).__name__} returned a {type(score).__name__}"
+            raise ConfigError(what, "Return a number, higher = better") from error
+        if np.isnan(number):
+            raise ConfigError(f"the evaluator of {type(self).__name__} returned NaN", "Return a number, higher = better")
+        return number
+
+    def _cost(self) -> tuple[int, int | None]:
+        """Returns the parameters and, for channels, the MACs of what is left."""
+        model, masks = self.state.trainee.model, self.state.masks
+        if self.speedup and self.graph is not None:
+            cost = count(model, self.graph.engine.program.inputs)
+            return cost.params, cost.macs
+        if isinstance(masks, Masks) and self._forecast is not None:
+            cost = self._forecast.cost({name: masks[name] for name in masks})
+            return cost.params, cost.macs
+        gone = {} if masks is None else removed(model, masks)
+        return sum(p.numel() for p in model.parameters()) - sum(int(g.sum()) for g in gone.values()), None
+
+    def _keep(self, number: int) -> None:
+        """Writes a round's model, if asked to."""
+        if not self.keep or self.folder is None:
+            return
+        run = Run(Path(self.folder) / "rounds", f"{self.kind}-{number:03d}", self.settings())
+        run.save({"round": self.history.to_dicts()[-1]}, self.state.trainee.model.state_dict())
+
+    # -- checks ------------------------------------------------------------------------------------------------------------------
+
+    def _check_optimizers(self, who: str) -> None:
+        own, other = self.wishes.optimizer, self.algorithm.params.get("optimizer")
+        if self._how is not None and isinstance(other, Optimizer) and other is not own:
+            what = f"pruning_params of {who} has another optimizer than {who}, and only one can go through the rounds"
+            raise ConfigError(what, "Pass a function from parameters to an optimizer in pruning_params")
+        if isinstance(self.model, torch.jit.ScriptModule):
+            raise InputError(f"{who} works on copies, and scripted modules cannot be copied", "Pass the module before scripting")
+
+
+class LinearPruner(RoundsPruner):
+    """Raises sparsity by the same amount in every round: s_t = s_f t / n. See `RoundsPruner` for the arguments."""
+
+    kind = "linear"
+
+    def schedule(self, final: float, steps: int) -> Schedule:
+        """Returns the linear schedule."""
+        return Linear(final, steps)
+
+
+def _is_simple(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_simple(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
