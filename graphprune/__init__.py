@@ -54,6 +54,18 @@ from graphprune.pruners import (
 )
 from graphprune.pruning import prune
 from graphprune.recipes import Recipe, load, save
+from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
+from graphprune.search.amc import AMCPruner
+from graphprune.search.annealing import SimulatedAnnealingPruner
+from graphprune.search.base import SearchResult
+from graphprune.search.curves import Sensitivity
+from graphprune.search.greedy import SensitivityPruner
+from graphprune.search.netadapt import NetAdaptPruner
+from graphprune.search.objective import Objective, Trial
+from graphprune.search.parallel import run_study
+from graphprune.search.sensitivity import sensitivity
+from graphprune.search.studies import Study, StudyResult
+from graphprune.search.timing import OnnxLatency
 from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
 
@@ -65,6 +77,8 @@ __all__ = [
     "L2",
     "LAMP",
     "ADMMPruner",
+    "AGPPruner",
+    "AMCPruner",
     "APoZ",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankPruner",
@@ -88,20 +102,33 @@ __all__ = [
     "L2NormPruner",
     "LatencyReport",
     "LevelPruner",
+    "LinearPruner",
+    "LotteryTicketPruner",
     "MaskError",
     "Masks",
     "MeanActivation",
+    "MovementPruner",
+    "NetAdaptPruner",
+    "Objective",
+    "OnnxLatency",
     "Part",
     "Pruner",
     "Random",
     "Recipe",
+    "SearchResult",
+    "Sensitivity",
+    "SensitivityPruner",
+    "SimulatedAnnealingPruner",
     "Slice",
     "SlimPruner",
     "SpeedupReport",
+    "Study",
+    "StudyResult",
     "Taylor",
     "TaylorFOWeightPruner",
     "TaylorGroup",
     "TraceError",
+    "Trial",
     "VerificationError",
     "Wanda",
     "WeightSparsity",
@@ -111,7 +138,11 @@ __all__ = [
     "measure_latency",
     "prune",
     "recalibrate",
+    "run_study",
     "save",
+    "sensitivity",
+    "slice_average",
+    "slice_optimizer",
     "speedup",
     "trace",
 ]

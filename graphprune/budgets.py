@@ -113,6 +113,8 @@ class Ranking:
         order: "global" compares scores of different groups; "even" lets all groups lose the same fraction.
         comparable: whether scores of different groups compare as they are; otherwise they are divided by their group's mean magnitude
             first, as raw norms of layers of different shapes cannot be compared.
+        pace: order "even": group name -> how fast it loses channels, above 0: fractions lost are as these numbers to each other. By
+            default all are equal.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Ranking:
         order: Literal["global", "even"] = "global",
         *,
         comparable: bool = False,
+        pace: Mapping[str, float] | None = None,
     ) -> None:
         self.names = list(scores)
         self.sizes = np.array([scores[n].size for n in self.names], dtype=np.int64)
@@ -134,7 +137,7 @@ class Ranking:
             self.least[name] = left[-1]
             if len(left) > 1:
                 gone = values.size - np.array(left)
-                keys.append(_keys(values, gone, order, comparable=comparable))
+                keys.append(_keys(values, gone, order, comparable=comparable) / (pace[name] if pace else 1.0))
                 owners.append(np.full(gone.size - 1, number))
                 taken.append(np.diff(gone))
         self._owners = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)

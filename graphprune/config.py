@@ -38,8 +38,8 @@ from graphprune.selectors import CHANNELS, DEFAULT_TYPE, SELECTORS, Names, Trait
 
 ConfigList: TypeAlias = Sequence[Mapping[str, object]]
 
-_AMOUNTS = ("sparsity", "sparsity_per_layer", "total_sparsity")
-_KEYS = (*_AMOUNTS, "max_sparsity_per_layer", *SELECTORS, "exclude")
+AMOUNTS = ("sparsity", "sparsity_per_layer", "total_sparsity")
+_KEYS = (*AMOUNTS, "max_sparsity_per_layer", *SELECTORS, "exclude")
 _OWN_KEYS = {"rho": "ADMMPruner"}  # keys that one pruner alone understands
 _SCHEDULE_KEYS = frozenset({"initial_sparsity", "final_sparsity", "start_epoch", "end_epoch", "frequency"})
 
@@ -176,7 +176,7 @@ def _parse(index: int, entry: Mapping[object, object], *, amounts: bool) -> _Ent
         what = f"config_list[{index}]['exclude'] is {exclude!r}, neither True nor False"
         raise ConfigError(what, "Write 'exclude': True, or leave the key out")
     _check_combination(index, given, exclude=exclude, amounts=amounts)
-    given_amounts = {key: check_sparsity(given[key], f"config_list[{index}][{key!r}]") for key in _AMOUNTS if key in given}
+    given_amounts = {key: check_sparsity(given[key], f"config_list[{index}][{key!r}]") for key in AMOUNTS if key in given}
     cap, caps = _parse_caps(given.get("max_sparsity_per_layer", 1.0), f"config_list[{index}]['max_sparsity_per_layer']")
     for key, amount in given_amounts.items():
         if amount > cap:
@@ -210,10 +210,10 @@ def _check_key(index: int, key: object) -> None:
 
 def _check_combination(index: int, given: Mapping[str, object], *, exclude: bool, amounts: bool) -> None:
     """Raises unless an entry prunes by one amount (by none where a budget says how much goes) or excludes, and not both."""
-    found = [key for key in _AMOUNTS if key in given]
+    found = [key for key in AMOUNTS if key in given]
     entry = f"config_list[{index}]"
     if exclude:
-        surplus = [key for key in (*_AMOUNTS, "max_sparsity_per_layer") if key in given]
+        surplus = [key for key in (*AMOUNTS, "max_sparsity_per_layer") if key in given]
         if surplus:
             what = f"{entry} excludes layers and gives {' and '.join(surplus)} at the same time"
             raise ConfigError(what, f"Remove either 'exclude' or {surplus[0]!r}")

@@ -59,6 +59,11 @@ PROMISES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
          r"ResNet-56-B(.|\n)* after +90,907,264 +9\.09e7 +27\.6% +27\.6 % +735,712 +7\.3e5"),
         ("recipes.json",),
     ),
+    "sensitivity": (
+        (r"trained: (9\d|100)\.\d%", r"third +│ +64 │", r"evaluations: [1-9]\d*, and 0 the second time",
+         r"round 2: \d\d\.\d% of the MACs gone \(first", r"by sensitivity: (39|40)\.\d% of the MACs left, loss \d"),
+        ("curves.csv", "curves.png", "scores", "small.safetensors"),
+    ),
 }  # fmt: skip
 
 
@@ -125,3 +130,10 @@ def test_fine_tuning_recovers(run: Callable[[str], Run]) -> None:
     assert accuracy["dense"] > 95
     assert accuracy["pruned"] < accuracy["recalibrated"] - 20
     assert accuracy["fine-tuned"] > 85
+
+
+def test_sensitivity_beats_uniform(run: Callable[[str], Run]) -> None:
+    """At the same MACs, the network that was pruned by sensitivity loses less than the one that was pruned evenly."""
+    found = re.findall(r"^(by sensitivity|uniform): .* left, loss (\d\.\d+)", run("sensitivity").printed, re.MULTILINE)
+    loss = {name: float(value) for name, value in found}
+    assert loss["by sensitivity"] < 0.7 * loss["uniform"]

@@ -3,6 +3,7 @@
     graphprune demo                                            train, prune and time a small network on real data
     graphprune inspect MODEL                                   what can go, and what cannot and why
     graphprune prune MODEL --sparsity 0.5 --out DIR            a smaller model, as tensors and as ONNX, and a report
+    graphprune sensitivity MODEL --data NAME --out DIR         what each group can lose by itself, and the score then
     graphprune verify MODEL --pruned DIR/pruned.safetensors    check it against the masked model once more
     graphprune export MODEL --out FILE.onnx
     graphprune bench A.onnx B.onnx
@@ -13,12 +14,13 @@ needs it.
 
 from __future__ import annotations
 
-from graphprune.cli import demonstration, exporting, inspecting, pruning, verifying
+from graphprune.cli import demonstration, exporting, inspecting, pruning, sensitivity, verifying
 from graphprune.cli.app import app
 
 app.command("demo")(demonstration.demo)
 app.command("inspect")(inspecting.inspect)
 app.command("prune")(pruning.prune)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("verify")(verifying.verify)
 app.command("export")(exporting.export)
 app.command("bench")(exporting.bench)

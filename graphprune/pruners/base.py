@@ -196,7 +196,7 @@ class Pruner:
                 "mode 'normal' masks elements of layers and no groups", "Call layer_masks() or compress(), or use another mode"
             )
         start = time.perf_counter()
-        scored = self._scored()
+        scored = self.scored()
         asked = requests(self.graph, self.config, self.cut, self.selectable, together=self.mode == "global")
         whole = {**scored.unscored, **asked.whole}
         notes = {**asked.notes, **whole}
@@ -224,9 +224,10 @@ class Pruner:
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
         """Returns group name -> score per channel, higher = keep; groups that the criterion cannot score are left out."""
-        return dict(self._scored().groups)
+        return dict(self.scored().groups)
 
-    def _scored(self) -> Scores:
+    def scored(self) -> Scores:
+        """Returns the scores of all groups, those of their parts, and why some have none."""
         self._prepare_once()
         options: dict[str, Any] = {"aggregation": self.aggregation, "scope": self.scope, "source": self.source}
         return score_groups(self.model, self.graph, self.criterion, **options)
@@ -242,7 +243,7 @@ class Pruner:
         if self._graph is None:
             found = Layerwise.of_weights(self.model, self.config, self.criterion)
         else:
-            found = Layerwise.of_groups(self.model, self.config, self._graph, self._scored())
+            found = Layerwise.of_groups(self.model, self.config, self._graph, self.scored())
         layers = {n: self.config.layers[n] for n in found.scores}
         notes: dict[str, str] = {}
         most = {n: c.max_sparsity for n, c in layers.items()}

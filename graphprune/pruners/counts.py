@@ -70,7 +70,7 @@ class Counting:
             return float(getattr(forecast.cost(kept), budget.unit))
 
         dense = float(getattr(forecast.dense, budget.unit))
-        target = _whole(dense * (1.0 - budget.removed))
+        target = whole(dense * (1.0 - budget.removed))
         least = cost(ranking.counts(len(ranking)))
         if least > target:
             what = f"the budget removes {budget}, but at most {1.0 - least / dense:.1%} can go from what the config list selects"
@@ -91,7 +91,7 @@ class Counting:
         return counts
 
 
-def _whole(target: float) -> float:
+def whole(target: float) -> float:
     """Returns a number of parameters or MACs without what a fraction such as 1 - 0.9 adds to it in its last bits."""
     nearest = float(round(target))
     return nearest if math.isclose(target, nearest, rel_tol=1e-12, abs_tol=1e-9) else target

@@ -1,0 +1,353 @@
+"""AMC (He et al., AMC: AutoML for Model Compression, arXiv 1802.03494): an agent decides group by group.
+
+for every group in turn:  its features ──▶ the actor's sparsity ──▶ clipped to what the budget allows ──▶ the next group
+at the end:               shrink, evaluate ──▶ the score is the reward of every step ──▶ the agent learns ──▶ save
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from math import floor, prod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from graphprune.budgets import keep_highest
+from graphprune.criteria import Criterion
+from graphprune.errors import ConfigError
+from graphprune.forecast import Forecast
+from graphprune.runs import Run
+from graphprune.search.base import SearchResult
+from graphprune.search.base import best as best_of
+from graphprune.search.bench import same_random
+from graphprune.search.ddpg import DDPG, Agent, Transition
+from graphprune.search.objective import Constraint, Objective, Trial
+from graphprune.search.scoreboard import name_of
+from graphprune.search.showing import bar
+from graphprune.training import check_count, refuse_former
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from typing_extensions import Unpack
+
+    from graphprune.cost import Cost
+    from graphprune.masks import Masks
+    from graphprune.pruners.base import Options
+
+_KIND = "amc"
+FEATURES = ("index", "channels", "elements", "params", "macs", "reduced", "rest", "before")
+_FORMER = {
+    "dummy_input": "example_inputs=",
+    "log_dir": "folder=",
+    "keep_intermediate_result": "folder=, which keeps every episode",
+    "pruning_algorithm": "base_algo=, the name of a criterion",
+    "pruning_params": "them as keyword arguments",
+    "target": "budget=, such as Budget(macs=0.5) or Budget(params=0.5)",
+    "flops_ratio": "budget=, such as Budget(macs=0.5), the share that goes",
+    "channel_round": "round_to=",
+    "rbound": "max_sparsity=, one minus the smallest share that stays",
+    "lbound": "max_sparsity=, one minus the smallest share that stays",
+    "keep_class": "nothing: the widths of other groups would change with those of one",
+}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What the agent did in one episode.
+
+    Attributes:
+        number: which one, from 0; that of its trial.
+        noise: the standard deviation of its actions; 1 where they were drawn evenly, as in warm-up.
+        wanted: group name -> the sparsity that the agent wanted, before it was clipped.
+        loss: the critic's mean loss in the updates after it; 0 in warm-up.
+    """
+
+    number: int
+    noise: float
+    wanted: dict[str, float]
+    loss: float
+
+
+class Course:
+    """The groups in turn: what the agent sees of each, and what it may do.
+
+    Args:
+        objective: whose budget is to be met.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._forecast = Forecast(objective.model, objective.graph)
+
+    @cached_property
+    def _fixed(self) -> list[tuple[float, float]]:
+        """Of every group the channels, and the elements of the weights that compute one of them."""
+        graph, shapes = self.objective.graph, self.objective.graph.shapes
+        groups = [graph[name] for name in self.objective.groups]
+        sizes = [sum(prod(shapes[s.parameter]) // shapes[s.parameter][s.dim] * s.index.shape[1] for s in g.producers) for g in groups]
+        return [(float(g.channels), float(size)) for g, size in zip(groups, sizes, strict=True)]
+
+    def features(self, at: int, counts: Mapping[str, int], before: float) -> Tensor:
+        """Returns what the agent sees before it acts on a group, numbers in [0, 1] by `FEATURES`, float32.
+
+        Index, channels and elements are relative to the largest of all groups. Parameters and MACs are those of the layers that produce or
+        read its channels, with earlier groups pruned, as shares of the whole model's. Reduced is the share of the budget that is done,
+        rest the share that this group and later ones could do at most, both of the first constraint that is on the group.
+
+        Args:
+            at: index of the group.
+            counts: what is left of each group so far.
+            before: the action on the group before it.
+        """
+        name, groups = self.objective.groups[at], self.objective.groups
+        channels, elements = self._fixed[at]
+        modules = {s.module for s in self.objective.graph[name].slices}
+        layers = self._forecast.by_layer(self._kept(counts))
+        own: list[Cost] = [cost for layer, cost in layers.items() if layer in modules]
+        dense = self._forecast.dense
+        now, least, goal = 0.0, 0.0, 1.0
+        for constraint in [c for c in self.objective.constraints if name in c.names][:1]:
+            full = self._cost(constraint, {n: self.objective.scores[n].size for n in constraint.names})
+            goal = max(full - constraint.target, 1e-12)
+            present = self._cost(constraint, counts)
+            now, least = full - present, present - self._cost(constraint, self._pruned(counts, at))
+        numbers = [
+            at / max(len(groups) - 1, 1),
+            channels / max(c for c, _ in self._fixed),
+            elements / max(1.0, *(e for _, e in self._fixed)),
+            sum(c.params for c in own) / max(dense.params, 1),
+            sum(c.macs for c in own) / max(dense.macs, 1),
+            min(now / goal, 1.0),
+            min(least / goal, 1.0),
+            before,
+        ]
+        return torch.tensor(numbers, dtype=torch.float32)
+
+    def limits(self, at: int, counts: Mapping[str, int]) -> tuple[int, int]:
+        """Returns the fewest and the most channels that a group may be left with.
+
+        So many at most that the budget can still be met when all later groups lose what they may; so few at least that it is not
+        undercut while later groups stay whole, to within one step of the channels.
+        """
+        name, unit = self.objective.groups[at], self.objective.pruner.round_to
+        size, fewest = self.objective.scores[name].size, self.objective.fewest(name)
+        options = [size, *(k for k in range(size - 1, fewest - 1, -1) if k % unit == 0 or k == fewest)]
+        low, high = [fewest], [size]
+        for constraint in self.objective.constraints:
+            if name in constraint.names:
+                high.append(self._first(options, constraint, name, self._pruned(counts, at + 1)))
+                low.append(self._first(options, constraint, name, counts))
+        most = min(high)
+        return min(max(low), most), most
+
+    def left(self, at: int, sparsity: float, counts: Mapping[str, int]) -> int:
+        """Returns how many channels a group is left with at a sparsity: the nearest number of whole steps within its limits.
+
+        Rounded down, as elsewhere, no action above 0 would leave a group whole.
+        """
+        size, unit = self.objective.scores[self.objective.groups[at]].size, self.objective.pruner.round_to
+        least, most = self.limits(at, counts)
+        return min(max(floor(size * (1.0 - sparsity) / unit + 0.5) * unit, least), most)
+
+    def _pruned(self, counts: Mapping[str, int], start: int) -> dict[str, int]:
+        """Returns counts with as little as possible left of all groups from one on."""
+        return {**counts, **{n: self.objective.fewest(n) for n in self.objective.groups[start:]}}
+
+    def _kept(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        scores = self.objective.scores
+        return {n: keep_highest(scores[n], k) for n, k in counts.items() if k < scores[n].size}
+
+    @staticmethod
+    def _cost(constraint: Constraint, counts: Mapping[str, int]) -> float:
+        return constraint.cost({n: counts[n] for n in constraint.names})
+
+    def _first(self, options: Sequence[int], constraint: Constraint, name: str, counts: Mapping[str, int]) -> int:
+        """Returns the first of a group's falling options with which a constraint is met, the last one if it never is."""
+        low, high = 0, len(options) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._cost(constraint, {**counts, name: options[middle]}) <= constraint.target:
+                high = middle
+            else:
+                low = middle + 1
+        return options[low]
+
+
+class AMCPruner:
+    """Finds the sparsity of every group under a budget by an agent that learns from the scores of whole episodes.
+
+    Differs from the pruner of the seeds in that the state is that of the group to come, the replay memory holds a hundred episodes (not a
+    hundred steps), all config entries count, and no group needs a limit of its own: actions are clipped to what leaves the budget within
+    reach of the later groups, and to what leaves nothing to do for them, so that every episode ends on the budget. Models are shrunk once
+    per episode; widths that were evaluated before are not evaluated again. Weights are not reconstructed by least squares.
+
+    Args:
+        total_episode: how many episodes there are in all.
+        model: left bit-identical.
+        config_list: entries as in the seeds, see `graphprune.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
+            together; with `budget=` (see `Pruner`), entries say only which layers lose channels.
+        evaluator: from a shrunk model to a number, the reward of the episode.
+        base_algo: the criterion that says which channels go first.
+
+    Keyword Args:
+        example_inputs: what the model is run on to find its groups.
+        ddpg_params: parameters of the agent by name, see `graphprune.search.ddpg.DDPG`.
+        optimize_mode: "minimize" negates what the evaluator returns; scores in the history are then the negated ones.
+        seed: of the agent, and of the random numbers that each evaluation sees.
+        folder: where the run is kept, episode by episode; one that was interrupted goes on there, with the same result.
+        progress: show a bar with scores, sparsity and time left.
+        finetune: trains the shrunk copy in place before it is evaluated.
+        physical: evaluate shrunk models; else masked ones.
+        max_sparsity: the largest share of its channels that a group may lose.
+        options: as of `Pruner`.
+
+    Attributes:
+        objective: what is searched.
+        course: the groups as the agent sees them.
+        history: one `Trial` per episode.
+        episodes: one `Episode` per episode.
+
+    Raises:
+        ConfigError: an argument is not usable, or the budget cannot be met.
+        InputError: there are no example inputs, or the model cannot run on them.
+    """
+
+    def __init__(  # noqa: PLR0913 (the call shape of the seeds)
+        self,
+        total_episode: int,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        evaluator: Callable[[nn.Module], float],
+        base_algo: str | Criterion = "l1",
+        *,
+        example_inputs: object = None,
+        ddpg_params: Mapping[str, Any] | None = None,
+        optimize_mode: Literal["maximize", "minimize"] = "maximize",
+        seed: int = 0,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        finetune: Callable[[nn.Module], object] | None = None,
+        physical: bool = True,
+        max_sparsity: float = 0.95,
+        **options: Unpack[Options],
+    ) -> None:
+        refuse_former(type(self).__name__, options, _FORMER)
+        if optimize_mode not in ("maximize", "minimize"):
+            raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
+        scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
+        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune}
+        self.total = check_count(total_episode, "total_episode", 1)
+        how = DDPG.of(ddpg_params)
+        self.how = how if how.warm_up is not None else replace(how, warm_up=max(self.total // 8, 1))
+        self.model = model
+        self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **limits, **options)
+        if not self.objective.constraints:
+            what = f"{type(self).__name__} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
+            raise ConfigError(what, "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'")
+        self.course = Course(self.objective)
+        self.history: tuple[Trial, ...] = ()
+        self.episodes: tuple[Episode, ...] = ()
+        self._agent = Agent(len(FEATURES), len(self.objective.groups), self.how, seed)
+        self._settings = {
+            "ddpg": asdict(self.how),
+            "seed": seed,
+            "mode": optimize_mode,
+            "finetune": name_of(finetune),
+            "physical": physical,
+        }
+        self._seed, self._folder, self._progress = seed, folder, progress
+        self._result: SearchResult | None = None
+
+    # -- results -----------------------------------------------------------------------------------------------------------------
+
+    def search(self) -> SearchResult:
+        """Returns the trials; runs the episodes on the first call, or those that are missing in the folder.
+
+        Raises:
+            ConfigError: the evaluator returns no finite number.
+            FileError: the folder holds a run with other settings, or cannot be written.
+        """
+        if self._result is None:
+            self._run()
+            self._result = SearchResult.of(self.history[: self.total])
+        return self._result
+
+    @property
+    def best(self) -> Trial:
+        """The best trial; searches where that was not done yet."""
+        return self.search().best
+
+    @property
+    def last(self) -> Trial:
+        """The last trial; searches where that was not done yet."""
+        return self.search().last
+
+    def compress(self) -> tuple[nn.Module, Masks]:
+        """Returns (a copy of the model with what the best trial removes zeroed, the masks)."""
+        masks = self.objective.masks(self.best.sparsities)
+        return masks.masked(self.model), masks
+
+    def get_best_result(self) -> tuple[int, nn.Module, Masks, float, list[dict[str, Any]]]:
+        """Returns of the best trial: its number, the masked copy, the masks, the score, and a config list that says the same."""
+        masked, masks = self.compress()
+        layers = {g.name: list(g.layers) for g in self.objective.graph.groups}
+        entries = [{"op_names": layers[n], "sparsity": s} for n, s in self.best.sparsities.items() if s > 0]
+        return self.best.number, masked, masks, self.best.score, entries
+
+    # -- episodes ----------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Runs all episodes, or those that are missing."""
+        run = Run(self._folder, _KIND, {**self.objective.settings(), **self._settings})
+        saved = run.load()
+        if saved is not None:
+            self.history = tuple(Trial.from_dict(plain) for plain in saved.state["history"])
+            self.episodes = tuple(Episode(**plain) for plain in saved.state["episodes"])
+            self._agent.restore(saved.state["agent"], saved.tensors)
+        known = {tuple(t.sparsities.values()): t for t in self.history}
+        with bar(_KIND, self.total, self.history, shown=self._progress) as shows:
+            while len(self.history) < self.total:
+                self._episode(known)
+                plain, tensors = self._agent.state()
+                kept = {"history": [t.to_dict() for t in self.history], "episodes": [asdict(e) for e in self.episodes], "agent": plain}
+                run.save(kept, tensors)
+                shows(self.history[-1], best_of(self.history))
+
+    def _episode(self, known: dict[tuple[float, ...], Trial]) -> None:
+        """Goes through all groups once, scores the result and learns."""
+        number, objective = len(self.history), self.objective
+        warm = self.how.warm_up or 0
+        noise = self.how.noise * self.how.noise_decay ** (number - warm) if number >= warm else 1.0
+        counts = {n: objective.scores[n].size for n in objective.groups}
+        steps: list[Transition] = []
+        wanted: dict[str, float] = {}
+        state = self.course.features(0, counts, 0.0)
+        for at, name in enumerate(objective.groups):
+            share = self._agent.act(state, noise) if number >= warm else self._agent.random()
+            wanted[name] = share * objective.most[name]
+            counts[name] = self.course.left(at, wanted[name], counts)
+            done = min((1.0 - counts[name] / objective.scores[name].size) / max(objective.most[name], 1e-12), 1.0)
+            last = at + 1 == len(objective.groups)
+            following = state if last else self.course.features(at + 1, counts, done)
+            steps.append(Transition(state, done, following, last))
+            state = following
+        trial = self._tried(counts, number, known)
+        self._agent.remember(steps, trial.score)
+        updates = len(steps) * self.how.updates if number >= warm else 0
+        losses = [self._agent.learn() for _ in range(updates)]
+        self.history = (*self.history, trial)
+        self.episodes = (*self.episodes, Episode(number, noise, wanted, sum(losses) / max(len(losses), 1)))
+
+    def _tried(self, counts: Mapping[str, int], number: int, known: dict[tuple[float, ...], Trial]) -> Trial:
+        """Returns the trial of these counts; of widths that were evaluated before, with their score."""
+        sizes = {n: self.objective.scores[n].size for n in self.objective.groups}
+        sparsities = {n: (size - counts[n]) / size for n, size in sizes.items()}
+        key = tuple(sparsities.values())
+        if key in known:
+            return replace(known[key], number=number, seconds=0.0)
+        with same_random(self._seed):
+            known[key] = self.objective(sparsities, number)
+        return known[key]

@@ -1,0 +1,333 @@
+"""Sensitivity pruning: what each group can lose without harm decides how much it loses, round by round."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from graphprune.budgets import Budget, Ranking, kept_count
+from graphprune.config import AMOUNTS, check_sparsity
+from graphprune.criteria import Criterion, criterion_named
+from graphprune.data import source
+from graphprune.errors import ConfigError, nearest
+from graphprune.forecast import Forecast
+from graphprune.masks import Masks, copied, tensors_of
+from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.thresholds import reaching_threshold
+from graphprune.runs import Run, digest
+from graphprune.search.bench import Bench, Evaluator
+from graphprune.search.curves import last_admissible
+from graphprune.search.scoreboard import name_of
+from graphprune.search.sensitivity import SPARSITIES, Asked, Progress, Subject, analysed, places
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from graphprune.elements import ElementMasks
+
+SensitivityMode: TypeAlias = Literal["greedy", "threshold"]
+Proportions: TypeAlias = Callable[[float, float, dict[str, dict[float, float]]], Mapping[str, float]]
+MAX_RATIO = 0.95  # of what a group has left, the most that it loses in one round
+_KIND = "sensitivity-pruner"
+_ROUNDING = 1e-9  # relative; what a share such as 1 - 0.9 adds in its last bits
+_REFUSED = {
+    "checkpoint_dir": "Write folder=",
+    "keep_class": "Leave it out: the widths of other groups would change with those of one",
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the greedy loop.
+
+    Attributes:
+        number: which one, from 1.
+        admissible: group -> the share of its remaining channels that it could lose by itself.
+        sparsities: group -> the share of its original channels that is gone after this round.
+        removed: the share of the weights (with a budget, of the parameters or MACs) that is gone after this round.
+        before: the score at its beginning.
+        pruned: the score after pruning.
+        score: the score after fine-tuning; without a finetuner, that after pruning.
+        params: parameters of the shrunk model.
+        macs: its multiply-accumulates.
+        seconds: wall time; rounds that differ only in this are equal.
+    """
+
+    number: int
+    admissible: dict[str, float]
+    sparsities: dict[str, float]
+    removed: float
+    before: float
+    pruned: float
+    score: float
+    params: int
+    macs: int
+    seconds: float = field(compare=False)
+
+
+class SensitivityPruner:
+    """Prunes groups in proportion to what each can lose by itself, a little at a time, and looks again after every round.
+
+    Mode "greedy" (NNI 1.8): every round measures how the score falls with the sparsity of each group alone, takes of each group the last
+    sparsity before the score has first dropped by more than the threshold, scales these down so that `sparsity_per_iter` of the weights
+    goes, prunes and fine-tunes. It ends when the target is met, to within one channel, or when no group can lose more; `reason` says which.
+    Drops are from the score at the beginning of the round. The weights of a group are those that compute its channels.
+
+    Mode "threshold" (Han et al., arXiv 1506.02626, section 4): single weights go whose magnitude is below the quality parameter, an entry's
+    `sparsity`, times the standard deviation of their layer; no evaluator and no example inputs are needed.
+
+    Args:
+        model: left bit-identical.
+        config_list: which layers lose channels, and the target: a `sparsity` or `total_sparsity`, the same in all entries, is the share of
+            the weights of all selected groups that is to go. With a budget, entries say only where.
+        evaluator: from a model in evaluation mode to a finite number, higher = better. It is given copies.
+        finetuner: trains the model in place; what has been pruned stays zero after every step of a `torch.optim.Optimizer`.
+        base_algo: says which channels go first: the name of a criterion, or one.
+        sparsity_proportion_calc: from the score of the present model, the threshold and {group: {sparsity: score}} to {group: the share of
+            its remaining channels that it may lose}; by default, the last admissible sparsities.
+        sparsity_per_iter: what goes in a round at most, to within one channel: a share of the weights, or with a budget of its unit.
+        acc_drop_threshold: by how much the score may fall with one group pruned alone.
+        folder: where rounds and scores are kept; a run that was interrupted goes on there. None keeps nothing.
+
+    Keyword Args:
+        example_inputs: what the model is run on to find its groups, see `Pruner`.
+        mode: see above.
+        budget: a fraction of the MACs or parameters to remove, in place of the amounts of the config list.
+        sparsities: at which each group is measured.
+        physical, processes, progress, name, seed, data, loss: see `sensitivity`.
+        options: as of `Pruner`, without mode and keep_class.
+
+    Attributes:
+        history: the rounds.
+        reason: why the loop ended.
+
+    Raises:
+        ConfigError: an argument is not usable.
+        InputError: there are no example inputs, or the model cannot run on them.
+    """
+
+    def __init__(  # noqa: PLR0913 (NNI's nine, and how the analysis is made)
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        evaluator: Evaluator | None = None,
+        finetuner: Callable[[nn.Module], object] | None = None,
+        base_algo: str | Criterion = "l1",
+        sparsity_proportion_calc: Proportions | None = None,
+        sparsity_per_iter: float = 0.1,
+        acc_drop_threshold: float = 0.05,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        example_inputs: object = None,
+        mode: SensitivityMode = "greedy",
+        budget: Budget | None = None,
+        sparsities: Iterable[float] = SPARSITIES,
+        physical: bool = True,
+        processes: int = 1,
+        progress: bool | Progress = False,
+        name: str | None = None,
+        seed: int = 0,
+        data: Iterable[Any] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        self.model, self.config_list, self.mode, self.folder = model, config_list, mode, folder
+        self.evaluator, self.finetuner = evaluator, finetuner
+        self.calc: Proportions = sparsity_proportion_calc or last_admissible
+        self.history: tuple[Round, ...] = ()
+        self.reason = ""
+        if mode not in get_args(SensitivityMode):
+            raise ConfigError(f"mode is {mode!r}", nearest(str(mode), get_args(SensitivityMode)) or "Use 'greedy' or 'threshold'")
+        for option, fix in _REFUSED.items():
+            if option in options:
+                raise ConfigError(f"SensitivityPruner has no argument {option}=", fix)
+        if mode == "threshold":
+            reaching_threshold(model, config_list)  # says what is wrong with the config list
+            return
+        if evaluator is None:
+            raise ConfigError("SensitivityPruner has no evaluator", "Pass evaluator=, a function from a model to its score")
+        self.step = check_sparsity(sparsity_per_iter, "sparsity_per_iter")
+        self.threshold = float(acc_drop_threshold)
+        if self.step == 0.0 or not self.threshold >= 0.0:
+            what = f"sparsity_per_iter is {sparsity_per_iter!r} and acc_drop_threshold is {acc_drop_threshold!r}"
+            raise ConfigError(what, "Give a share above 0, and a drop of at least 0")
+        self.criterion = criterion_named(base_algo)
+        if data is not None:
+            options["source"] = source(data=data, loss=loss, who=f"criterion {type(self.criterion).__name__}")
+        stop = self.threshold if sparsity_proportion_calc is None else None  # a user's function is shown all of the curves
+        self.asked = Asked(tuple(sparsities), stop, folder, processes, progress, physical, name or name_of(evaluator), seed)
+        self.options = cast("Options", {**options, "budget": budget, "mode": "dependency_aware"})
+        self.graph = Pruner(model, config_list, self.criterion, example_inputs, **self.options).graph
+        self.options["graph"] = self.graph
+        self.budget, self.target = budget, budget.removed if budget is not None else _target(config_list)
+        self._forecast = Forecast(model, self.graph)
+        self._kept: dict[str, NDArray[np.bool_]] = {}
+        self._present = model
+
+    # -- results -----------------------------------------------------------------------------------------------------------------
+
+    def compress(self) -> tuple[nn.Module, Masks | ElementMasks]:
+        """Returns (the fine-tuned model, masked and in its original shapes, the masks); `speedup` removes what they name.
+
+        A warning says when no group could lose more before the target was met.
+
+        Raises:
+            ConfigError: the evaluator returns no finite number, or see `sensitivity`.
+            FileError: the folder holds a run with other settings, or cannot be written.
+        """
+        if self.mode == "threshold":
+            elements = reaching_threshold(self.model, self.config_list)
+            return elements.masked(self.model), elements
+        if not self.reason:
+            self._run()
+            if not self._met(self._removed(self._counts())):
+                warnings.warn(f"SensitivityPruner ended before its target of {self.target:.1%}: {self.reason}", stacklevel=2)
+        masks = Masks(self.graph, self._kept)
+        return masks.masked(self._present), masks
+
+    @property
+    def best(self) -> Round | None:
+        """The round with the highest score, the first of equal ones; None before the first."""
+        return max(self.history, key=lambda r: (r.score, -r.number), default=None)
+
+    @property
+    def last(self) -> Round | None:
+        """The last round, whose model `compress` returns; None where there was nothing to do."""
+        return self.history[-1] if self.history else None
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Prunes until the target is met or no group can lose more."""
+        self._present = copied(self.model, {})
+        subject = self._subject()
+        self._kept = {n: np.ones(s.size, dtype=bool) for n, s in subject.scores.items()}
+        run = Run(self.folder, _KIND, self._settings(subject))
+        saved = run.load()
+        if saved is not None:
+            self.history = tuple(Round(**plain) for plain in saved.state["history"])
+            self.reason = str(saved.state["reason"])
+            self._kept = {n: saved.tensors[f"kept/{n}"].numpy().astype(bool) for n in self._kept}
+            with torch.no_grad():
+                for name, tensor in tensors_of(self._present, {}).items():
+                    tensor.copy_(saved.tensors[f"model/{name}"])
+        while not self.reason:
+            self.reason = "the target is met" if self._met(self._removed(self._counts())) else self._round()
+            tensors = {f"model/{n}": t for n, t in tensors_of(self._present, {}).items()}
+            tensors |= {f"kept/{n}": torch.from_numpy(mask) for n, mask in self._kept.items()}
+            run.save({"history": [asdict(r) for r in self.history], "reason": self.reason}, tensors)
+
+    def _round(self) -> str:
+        """Takes one round; returns why no channel can go, or "" where some went."""
+        assert self.evaluator is not None  # noqa: S101 (checked when the pruner was made)
+        start = time.perf_counter()
+        subject = self._subject()
+        known = self.history[-1].score if self.history else None
+        found = analysed(self._present, subject, self.evaluator, self.asked, self._kept, known)
+        ratios = self._ratios(subject, self.calc(found.dense, self.threshold, found.scores()))
+        going = {n: r for n, r in ratios.items() if r > 0.0}
+        ranking = Ranking({n: subject.scores[n][self._kept[n]] for n in going}, going, subject.pruner.round_to, "even", pace=going)
+        if not len(ranking):
+            return f"no group can lose more channels with a drop of the score of at most {self.threshold:g}"
+        counts = self._counts()
+        goal = (1.0 - min(self.target, self._removed(counts) + self.step)) * self._cost(dict.fromkeys(self._kept, 0), whole=True)
+        steps = ranking.reaching(lambda left: self._cost({**counts, **left}), goal * (1.0 + _ROUNDING))
+        counts |= ranking.counts(max(steps, 1))
+        self._kept = {n: subject.mask(n, counts[n], mask) for n, mask in self._kept.items()}
+        masks = Masks(self.graph, self._kept)
+        masks.apply(self._present)
+        bench = Bench(self._present, self.graph, self.evaluator, physical=self.asked.physical, seed=self.asked.seed)
+        pruned = bench(self._kept)[0]
+        if self.finetuner is not None:
+            with held(self._present, masks):
+                self.finetuner(self._present)
+        score = bench(self._kept)[0] if self.finetuner is not None else pruned
+        cost = self._forecast.cost(self._kept)
+        sparsities = {n: (mask.size - counts[n]) / mask.size for n, mask in self._kept.items()}
+        taken = (ratios, sparsities, self._removed(counts), found.dense, pruned, score, cost.params, cost.macs)
+        self.history = (*self.history, Round(len(self.history) + 1, *taken, time.perf_counter() - start))
+        return ""
+
+    def _subject(self) -> Subject:
+        """Returns the groups, with the scores that the present weights have."""
+        entries = self.config_list if self.budget is not None else places(self.config_list)
+        return Subject.of(Pruner(self._present, entries, self.criterion, None, **self.options))
+
+    def _ratios(self, subject: Subject, proportions: Mapping[str, float]) -> dict[str, float]:
+        """Returns group -> the share of its remaining channels that it may lose in this round, in whole channels."""
+        out = {}
+        for name, ratio in proportions.items():
+            if name not in self._kept:
+                raise ConfigError(f"sparsity_proportion_calc returns {name!r}, which is no group", nearest(name, self._kept))
+            present = int(self._kept[name].sum())
+            share = min(max(float(ratio), 0.0), MAX_RATIO)
+            left = max(kept_count(present, share, subject.pruner.rounding, subject.pruner.round_to), subject.fewest(name))
+            out[name] = max(present - left, 0) / present
+        return out
+
+    # -- how much is gone --------------------------------------------------------------------------------------------------------
+
+    def _counts(self) -> dict[str, int]:
+        return {n: int(mask.sum()) for n, mask in self._kept.items()}
+
+    def _met(self, removed: float) -> bool:
+        return removed >= self.target - _ROUNDING
+
+    def _removed(self, counts: Mapping[str, int]) -> float:
+        """Returns the share of the weights, or of the budget's unit, that is gone with these counts."""
+        return 1.0 - self._cost(counts) / self._cost(counts, whole=True)
+
+    def _cost(self, counts: Mapping[str, int], *, whole: bool = False) -> float:
+        """Returns the weights (parameters, MACs) that are left with these counts, or those of the whole."""
+        if self.budget is not None:
+            kept = {n: np.arange(self._kept[n].size) < k for n, k in counts.items() if not whole}
+            return float(getattr(self._forecast.cost(kept) if kept else self._forecast.dense, self.budget.unit))
+        return float(sum(self._weights(n) * (self._kept[n].size if whole else k) for n, k in counts.items()))
+
+    def _weights(self, name: str) -> int:
+        """Returns how many weights compute one channel of a group."""
+        shapes = self.graph.shapes
+        return sum(int(np.prod(shapes[s.parameter])) // shapes[s.parameter][s.dim] * s.index.shape[1] for s in self.graph[name].producers)
+
+    def _settings(self, subject: Subject) -> dict[str, Any]:
+        """Returns what the result depends on."""
+        unit = self.budget.unit if self.budget is not None else "weights"
+        pruner = subject.pruner
+        criterion: Any = self.criterion
+        algorithm = repr(criterion) if is_dataclass(criterion) else name_of(criterion)
+        return {"graph": self.graph.fingerprint, "weights": digest(tensors_of(self.model, {})), "evaluator": self.asked.name,
+                "finetuner": name_of(self.finetuner), "base_algo": algorithm, "target": [unit, self.target], "most": subject.most,
+                "proportions": name_of(self.calc), "sparsity_per_iter": self.step, "acc_drop_threshold": self.threshold,
+                "sparsities": self.asked.sparsities, "physical": self.asked.physical, "seed": self.asked.seed,
+                "rounding": pruner.rounding, "round_to": pruner.round_to, "aggregation": pruner.aggregation, "scope": pruner.scope,
+                "cut": pruner.cut}  # fmt: skip
+
+
+@contextmanager
+def held(model: nn.Module, masks: Masks) -> Iterator[None]:
+    """Keeps what masks remove at zero while the block trains the model: after every step of any optimizer, and at the end."""
+    handle = register_optimizer_step_post_hook(lambda _optimizer, _args, _kwargs: masks.apply(model))
+    try:
+        yield
+    finally:
+        handle.remove()
+    masks.apply(model)
+
+
+def _target(config_list: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the one amount of a config list that has been found usable."""
+    amounts = {float(entry[key]) for entry in config_list if not entry.get("exclude") for key in AMOUNTS if key in entry}
+    if len(amounts) != 1:
+        what = f"the entries of config_list ask for {', '.join(f'{a:g}' for a in sorted(amounts))}, and SensitivityPruner has one target"
+        raise ConfigError(what, "Give all entries the same sparsity; max_sparsity_per_layer limits single layers")
+    return amounts.pop()

@@ -1,0 +1,67 @@
+"""A cost that is measured on shrunk models, such as latency, in place of one that is forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from graphprune.budgets import keep_highest
+from graphprune.errors import ConfigError
+from graphprune.masks import Masks
+from graphprune.search.bench import finite
+from graphprune.search.objective import Constraint, Objective
+from graphprune.surgery.speedup import speedup
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class MeasuredCost:
+    """Asks a user's function once for each combination of widths.
+
+    Args:
+        objective: whose groups lose channels.
+        cost: from a shrunk model in evaluation mode to what it costs; the weights are the original ones.
+    """
+
+    def __init__(self, objective: Objective, cost: Callable[[nn.Module], float]) -> None:
+        self.objective, self.cost = objective, cost
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, counts: Mapping[str, int]) -> float:
+        """Returns the cost of the model whose groups are left with so many channels.
+
+        Raises:
+            ConfigError: the function returns no finite number.
+        """
+        key = tuple(counts[name] for name in self.objective.groups)
+        if key not in self._known:
+            kept = {name: keep_highest(self.objective.scores[name], left) for name, left in counts.items()}
+            small = speedup(self.objective.model, Masks(self.objective.graph, kept), verify=False)[0]
+            try:
+                self._known[key] = finite(self.cost(small.eval()))
+            except ConfigError as error:
+                raise ConfigError(
+                    error.what.replace("the evaluator", "cost="), "Return one finite number, lower for a cheaper model"
+                ) from error
+        return self._known[key]
+
+    def constraint(self, target: float) -> Constraint:
+        """Returns that the cost must come down to the target.
+
+        Raises:
+            ConfigError: the smallest model costs more.
+        """
+        least = self({name: self.objective.fewest(name) for name in self.objective.groups})
+        if least > target:
+            fix = "Ask for less, select more layers, or raise max_sparsity= or max_sparsity_per_layer"
+            raise ConfigError(f"target is {target:g}, but the smallest model costs {least:g}", fix)
+        return Constraint(self.objective.groups, self, target, f"the cost comes down to {target:g}")
+
+    def known(self) -> list[Any]:
+        """Returns all that was measured, as plain values, so that a run that is continued decides by the same numbers."""
+        return [[list(key), value] for key, value in self._known.items()]
+
+    def learn(self, known: Iterable[Any]) -> None:
+        """Takes over what `known` returned."""
+        self._known.update({tuple(key): value for key, value in known})

@@ -1,0 +1,390 @@
+"""NetAdapt (Yang et al., NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications, arXiv 1804.03230, algorithm 1).
+
+present model ──▶ for every group, the fewest channels whose loss saves the step ──▶ shrink, fine-tune shortly, evaluate each
+      ▲                                                                                             │
+      └──────────────────────────── the proposal with the best score, its weights included ◀───────┘
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from graphprune.budgets import keep_highest
+from graphprune.config import AMOUNTS
+from graphprune.criteria import Criterion
+from graphprune.errors import ConfigError
+from graphprune.masks import Masks, copied, tensors_of
+from graphprune.runs import Run
+from graphprune.scoring import score_groups
+from graphprune.search.base import SearchResult
+from graphprune.search.base import best as best_of
+from graphprune.search.bench import finite, same_random
+from graphprune.search.greedy import held
+from graphprune.search.measured import MeasuredCost
+from graphprune.search.objective import Constraint, Objective, Trial
+from graphprune.search.scattering import Versions, scattered
+from graphprune.search.scoreboard import name_of
+from graphprune.search.showing import bar
+from graphprune.surgery.speedup import speedup
+from graphprune.training import refuse_former
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+    from typing_extensions import Unpack
+
+    from graphprune.pruners.base import Options
+
+    Kept: TypeAlias = dict[str, NDArray[np.bool_]]
+
+_KIND = "netadapt"
+_HALVINGS = 40  # of a step that no group can save; after so many, no channel saves anything
+_ROUNDING = 1e-9  # relative; what a share such as 1 - 0.9 adds in its last bits
+_FORMER = {
+    "dummy_input": "example_inputs=",
+    "experiment_data_dir": "folder=",
+    "checkpoint_dir": "folder=",
+    "keep_class": "nothing: the widths of other groups would change with those of one",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iteration: the proposal that was kept.
+
+    Attributes:
+        number: of the iteration, from 0.
+        group: which group lost channels.
+        removed: how many.
+        asked: the cost that every proposal had to come down to.
+        before: the cost at the beginning, in the budget's unit.
+        after: the cost of the proposal that was kept.
+        trial: its number in the history.
+        score: its score, after the short fine-tuning.
+    """
+
+    number: int
+    group: str
+    removed: int
+    asked: float
+    before: float
+    after: float
+    trial: int
+    score: float
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """What one group would lose: how many channels it is left with, what the model then costs, and what it had to cost at most."""
+
+    group: str
+    left: int
+    asked: float
+    before: float
+    after: float
+
+
+class NetAdaptPruner:
+    """Shrinks a model step by step; each step is taken where the shortly fine-tuned model scores best.
+
+    Every iteration asks for a further share of the whole model's cost. For each group, the fewest channels that save it are removed from a
+    copy of the present model, which is fine-tuned shortly and evaluated; the best copy becomes the present model. Where no group alone can
+    save the step, it is halved until one can. The search ends when the budget is met. Long-term fine-tuning of the result is the caller's.
+
+    Differs from the pruner of the seeds, which removed weights without any budget in MACs or latency, took the next layer in the order of
+    names for the one that reads a layer's channels, and did not end where no layer could save a step.
+
+    Args:
+        model: left bit-identical.
+        config_list: entries as in the seeds, see `graphprune.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
+            together; with `budget=` or `cost=`, entries say only which layers lose channels.
+        short_term_fine_tuner: trains the shrunk copy in place; None trains nothing. Optimizers are made anew from its parameters.
+        evaluator: from a shrunk model to a number.
+        optimize_mode: "minimize" negates what the evaluator returns; scores in the history are then the negated ones.
+        base_algo: the criterion that says which channels of a group go first, asked anew in every iteration.
+        sparsity_per_iteration: the share of the whole cost that the first iteration saves, in (0, 1). What single channels save should be
+            less: proposals are compared by their scores alone, which is fair where all save about as much.
+
+    Keyword Args:
+        example_inputs: what the model is run on to find its groups.
+        decay: what the step is multiplied with after every iteration, in (0, 1].
+        cost: in place of a budget: from a shrunk model to what it costs, such as its measured milliseconds; fewer channels should not cost
+            more. It is asked for every width that is looked at.
+        target: of `cost`: what to come down to.
+        seed: of the random numbers that fine-tuning and evaluation see: the same for all proposals of one iteration.
+        folder: where the run is kept, proposal by proposal; one that was interrupted goes on there, with the same result.
+        progress: show a bar with scores, sparsity and time left; how many proposals there will be is an estimate.
+        physical: fine-tune and evaluate shrunk models; else masked ones, whose removed channels are held at zero.
+        max_sparsity: the largest share of its channels that a group may lose.
+        options: as of `Pruner`, `budget=` among them.
+
+    Attributes:
+        objective: the groups, their limits and what must be met.
+        history: one `Trial` per proposal.
+        steps: one `Step` per iteration.
+        reason: why the search ended.
+
+    Raises:
+        ConfigError: an argument is not usable, or the budget cannot be met.
+        InputError: there are no example inputs, or the model cannot run on them.
+    """
+
+    def __init__(  # noqa: PLR0913 (the call shape of the seeds)
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        short_term_fine_tuner: Callable[[nn.Module], object] | None,
+        evaluator: Callable[[nn.Module], float],
+        optimize_mode: Literal["maximize", "minimize"] = "maximize",
+        base_algo: str | Criterion = "l1",
+        sparsity_per_iteration: float = 0.05,
+        *,
+        example_inputs: object = None,
+        decay: float = 1.0,
+        cost: Callable[[nn.Module], float] | None = None,
+        target: float | None = None,
+        seed: int = 0,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        physical: bool = True,
+        max_sparsity: float = 0.95,
+        **options: Unpack[Options],
+    ) -> None:
+        refuse_former(type(self).__name__, options, _FORMER)
+        if optimize_mode not in ("maximize", "minimize"):
+            raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
+        if not (0 < sparsity_per_iteration < 1 and 0 < decay <= 1):
+            what = f"sparsity_per_iteration is {sparsity_per_iteration!r} and decay is {decay!r}"
+            raise ConfigError(what, "Give a share in (0, 1), such as 0.05, and a factor in (0, 1]")
+        if (cost is None) != (target is None) or (cost is not None and options.get("budget") is not None):
+            given = {"budget": options.get("budget"), "cost": cost, "target": target}
+            what = f"{type(self).__name__} is given {' and '.join(f'{n}=' for n, v in given.items() if v is not None)}"
+            raise ConfigError(what, "Give either budget=, or cost= and target= (what to come down to)")
+        places = config_list if cost is None else [{k: v for k, v in entry.items() if k not in AMOUNTS} for entry in config_list]
+        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity}
+        self.model = model
+        self.objective = Objective(model, example_inputs, evaluator, criterion=base_algo, config_list=places, **limits, **options)
+        self.finetune, self._sign = short_term_fine_tuner, 1.0 if optimize_mode == "maximize" else -1.0
+        self.step, self.decay, self.seed = sparsity_per_iteration, decay, seed
+        self.history: tuple[Trial, ...] = ()
+        self.steps: tuple[Step, ...] = ()
+        self.reason = ""
+        self._folder, self._progress = folder, progress
+        self._present = copied(model, {})
+        self._kept: Kept = {n: np.ones(s.size, dtype=bool) for n, s in self.objective.scores.items()}
+        self._versions = Versions(model, self._kept)  # "leader": the best of this iteration; "best": the best that meets the budget
+        self._proposals: tuple[_Proposal, ...] = ()
+        self._first = 0  # the number of this iteration's first trial
+        self._admissible: tuple[int, ...] = ()  # the numbers of the trials that meet the budget
+        self._measured = None if cost is None else MeasuredCost(self.objective, cost)
+        self.constraints = self.objective.constraints if self._measured is None else (self._measured.constraint(float(target or 0.0)),)
+        if not self.constraints:
+            what = f"{type(self).__name__} is given neither a budget nor sparsities"
+            raise ConfigError(what, "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or write a 'total_sparsity'")
+
+    # -- results -----------------------------------------------------------------------------------------------------------------
+
+    def search(self) -> SearchResult:
+        """Returns the trials; runs them on the first call, or those that are missing in the folder.
+
+        The best trial is the best of those that meet the budget; the last one is the one that was kept in the last iteration.
+
+        Raises:
+            ConfigError: the evaluator or the cost returns no finite number.
+            FileError: the folder holds a run with other settings, or cannot be written.
+        """
+        if not self.reason:
+            self._run()
+            if not self._met(self._counts()):
+                warnings.warn(f"{type(self).__name__} ended before its budget was met: {self.reason}", stacklevel=2)
+        if not self.history:
+            raise ConfigError("the model meets the budget as it is", "Ask for less")
+        return SearchResult(self._best(), self.history[self.steps[-1].trial], self.history)
+
+    @property
+    def best(self) -> Trial:
+        """The best trial that meets the budget; searches where that was not done yet."""
+        return self.search().best
+
+    @property
+    def last(self) -> Trial:
+        """The trial that the last iteration kept; searches where that was not done yet."""
+        return self.search().last
+
+    def compress(self) -> tuple[nn.Module, Masks]:
+        """Returns (the best model with its shortly fine-tuned weights, masked and in its original shapes, the masks)."""
+        self.search()
+        found, kept = self._versions.get("best") if self._admissible else (self._present, self._kept)
+        masks = Masks(self.objective.graph, kept)
+        return masks.masked(found), masks
+
+    def get_best_result(self) -> tuple[int, nn.Module, Masks, float, list[dict[str, Any]]]:
+        """Returns of the best trial: its number, the masked model, the masks, the score, and a config list with the same sparsities."""
+        masked, masks = self.compress()
+        layers = {g.name: list(g.layers) for g in self.objective.graph.groups}
+        entries = [{"op_names": layers[n], "sparsity": s} for n, s in self.best.sparsities.items() if s > 0]
+        return self.best.number, masked, masks, self.best.score, entries
+
+    def _best(self) -> Trial:
+        admissible = [self.history[number] for number in self._admissible]
+        return best_of(admissible) if admissible else self.history[self.steps[-1].trial]
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Takes steps until the budget is met or nothing can go."""
+        run = Run(self._folder, _KIND, self._settings())
+        self._restore(run)
+        dense = {n: s.size for n, s in self.objective.scores.items()}
+        steps = max(math.ceil((1.0 - c.target / self._cost(c, dense)) / self.step) for c in self.constraints)
+        with bar(_KIND, steps * len(self.objective.groups), self.history, shown=self._progress) as shows:
+            while not self.reason:
+                if not self._proposals:
+                    self.reason = "the budget is met" if self._met(self._counts()) else self._propose()
+                elif len(self.history) < self._first + len(self._proposals):
+                    trial = self._try(self._proposals[len(self.history) - self._first])
+                    shows(trial, best_of(self.history))
+                else:
+                    self._keep_leader()
+                self._save(run)
+
+    def _propose(self) -> str:
+        """Finds what each group must lose to save the step; returns why nothing can, or ""."""
+        counts, self._first = self._counts(), len(self.history)
+        dense = {n: s.size for n, s in self.objective.scores.items()}
+        share = self.step * self.decay ** len(self.steps)
+        for _ in range(_HALVINGS):
+            found = []
+            for constraint in self.constraints:
+                before = self._cost(constraint, counts)
+                if before <= constraint.target * (1.0 + _ROUNDING):
+                    continue
+                asked = max(before - share * self._cost(constraint, dense), constraint.target)
+                found += [p for n in constraint.names if (p := self._smallest(constraint, counts, n, asked, before)) is not None]
+            if found:
+                self._proposals = tuple(found)
+                return ""
+            share /= 2.0
+        return "no group can lose a channel that saves anything"
+
+    def _smallest(self, constraint: Constraint, counts: Mapping[str, int], name: str, asked: float, before: float) -> _Proposal | None:
+        """Returns the smallest loss of one group after which the cost is lower, and low enough; None where there is none."""
+        enough = min(asked * (1.0 + _ROUNDING), math.nextafter(before, -math.inf))
+        unit, fewest = self.objective.pruner.round_to, self.objective.fewest(name)
+        left = [k for k in range(counts[name] - 1, fewest - 1, -1) if k % unit == 0 or k == fewest]
+        low, high = 0, len(left)
+        while low < high:
+            middle = (low + high) // 2
+            if self._cost(constraint, {**counts, name: left[middle]}) <= enough:
+                high = middle
+            else:
+                low = middle + 1
+        if low == len(left):
+            return None
+        return _Proposal(name, left[low], asked, before, self._cost(constraint, {**counts, name: left[low]}))
+
+    def _try(self, proposal: _Proposal) -> Trial:
+        """Fine-tunes and evaluates one proposal, and remembers its weights where it is the best so far."""
+        start, number = time.perf_counter(), len(self.history)
+        kept = self._narrowed({proposal.group: proposal.left})
+        masks = Masks(self.objective.graph, kept)
+        with same_random(self.seed + len(self.steps)):
+            if self.objective.physical:
+                small = speedup(self._present, masks, verify=False)[0]
+                if self.finetune is not None:
+                    self.finetune(small)
+                state = scattered(self._present, small, masks)
+            else:
+                small = masks.masked(self._present)
+                if self.finetune is not None:
+                    with held(small, masks):
+                        self.finetune(small)
+                state = {n: t.detach().clone() for n, t in tensors_of(small, {}).items()}
+            score = self._sign * finite(self.objective.evaluator(small.eval()))
+        counts = {**self._counts(), proposal.group: proposal.left}
+        sparsities = {n: (kept[n].size - counts[n]) / kept[n].size for n in self.objective.groups}
+        trial = Trial(number, sparsities, score, self.objective.cost(sparsities), time.perf_counter() - start)
+        if all(t.score < score for t in self.history[self._first :]):
+            self._versions.put("leader", state, kept)
+        self.history = (*self.history, trial)
+        if self._met(counts):
+            self._admissible = (*self._admissible, number)
+            if self._best() is trial:
+                self._versions.put("best", state, kept)
+        return trial
+
+    def _keep_leader(self) -> None:
+        """Makes the best proposal of the iteration the present model."""
+        winner = best_of(self.history[self._first :])
+        proposal = self._proposals[winner.number - self._first]
+        removed = int(self._kept[proposal.group].sum()) - proposal.left
+        taken = Step(len(self.steps), proposal.group, removed, proposal.asked, proposal.before, proposal.after, winner.number, winner.score)
+        self._present, self._kept = self._versions.get("leader")
+        self.steps, self._proposals = (*self.steps, taken), ()
+
+    # -- models ------------------------------------------------------------------------------------------------------------------
+
+    def _narrowed(self, left: Mapping[str, int]) -> Kept:
+        """Returns what is kept when some groups are left with so many channels, those that score best with the present weights."""
+        pruner, graph = self.objective.pruner, self.objective.graph
+        how: dict[str, Any] = {"aggregation": pruner.aggregation, "scope": pruner.scope, "source": pruner.source}
+        scores = score_groups(self._present, graph, pruner.criterion, **how).groups
+        narrowed = {n: keep_highest(np.where(self._kept[n], scores[n], -np.inf), k) for n, k in left.items()}
+        return {**self._kept, **narrowed}
+
+    # -- costs -------------------------------------------------------------------------------------------------------------------
+
+    def _counts(self) -> dict[str, int]:
+        return {n: int(self._kept[n].sum()) for n in self.objective.groups}
+
+    def _met(self, counts: Mapping[str, int]) -> bool:
+        return all(self._cost(c, counts) <= c.target * (1.0 + _ROUNDING) for c in self.constraints)
+
+    def _cost(self, constraint: Constraint, counts: Mapping[str, int]) -> float:
+        return constraint.cost({n: counts[n] for n in constraint.names})
+
+    # -- the folder --------------------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """Returns what the result depends on, as plain values."""
+        pruner = self.objective.pruner
+        how: dict[str, Any] = {"step": self.step, "decay": self.decay, "seed": self.seed, "mode": self._sign}
+        how |= {"physical": self.objective.physical, "finetuner": name_of(self.finetune)}
+        how |= {"round_to": pruner.round_to, "aggregation": pruner.aggregation, "scope": pruner.scope}
+        return {**self.objective.settings(), **how, "constraints": [[c.words, c.target] for c in self.constraints]}
+
+    def _save(self, run: Run) -> None:
+        """Writes everything down."""
+        self._versions.put("present", tensors_of(self._present, {}), self._kept)
+        state = {
+            "history": [t.to_dict() for t in self.history],
+            "steps": [asdict(step) for step in self.steps],
+            "proposals": [asdict(p) for p in self._proposals],
+            "measured": self._measured.known() if self._measured is not None else [],
+            "first": self._first,
+            "admissible": self._admissible,
+            "reason": self.reason,
+        }
+        run.save(state, self._versions.tensors)
+
+    def _restore(self, run: Run) -> None:
+        """Puts the search where it was when its process ended."""
+        saved = run.load()
+        if saved is None:
+            return
+        state, self._versions.tensors = saved.state, saved.tensors
+        self.history = tuple(Trial.from_dict(plain) for plain in state["history"])
+        self.steps = tuple(Step(**plain) for plain in state["steps"])
+        self._proposals = tuple(_Proposal(**plain) for plain in state["proposals"])
+        self._first, self._admissible, self.reason = state["first"], tuple(state["admissible"]), state["reason"]
+        self._present, self._kept = self._versions.get("present")
+        if self._measured is not None:
+            self._measured.learn(state["measured"])

@@ -1,0 +1,88 @@
+"""The way back from shrunk models: their weights, at the places that these had in the model that was shrunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+from graphprune.errors import MaskError
+from graphprune.masks import copied, tensors_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from graphprune.masks import Masks
+
+    Kept: TypeAlias = Mapping[str, NDArray[np.bool_]]
+
+
+def scattered(model: nn.Module, small: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """Returns copies of a model's parameters and buffers, by all their names, with the values that a shrunk model has for what was kept.
+
+    What was removed keeps the values that it has in the model, as does what the shrunk model has no tensor for.
+
+    Args:
+        model: what was shrunk.
+        small: what `speedup` made of it, whatever it was trained to since.
+        masks: what `speedup` was given.
+
+    Raises:
+        MaskError: a tensor of the shrunk model has another shape than the masks leave.
+    """
+    positions, out = masks.positions(), {}
+    found = tensors_of(small, {})
+    for name, full in tensors_of(model, {}).items():
+        out[name] = full.detach().clone()
+        if name not in found:
+            continue
+        dims = positions.get(name) or positions.get(masks.graph.aliases.get(name, name), {})
+        left = [dims[d] if d in dims else np.arange(size) for d, size in enumerate(full.shape)]
+        if tuple(found[name].shape) != tuple(index.size for index in left):
+            what = f"{name!r} is {tuple(found[name].shape)} in the shrunk model, but {tuple(i.size for i in left)} by the masks"
+            raise MaskError(what, "Train the shrunk model without changing its shapes")
+        value = found[name].detach().to(full.device, full.dtype)
+        if left:
+            out[name][tuple(torch.from_numpy(index).to(full.device) for index in np.ix_(*left))] = value
+        else:
+            out[name].copy_(value)
+    return out
+
+
+class Versions:
+    """Weights of one model at several times, each with what was kept of it then, as tensors that a run can save.
+
+    Args:
+        model: of the original shapes; left as it is.
+        sizes: group name -> an array with one element per channel.
+
+    Attributes:
+        tensors: all weights and masks by name.
+    """
+
+    def __init__(self, model: nn.Module, sizes: Kept) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._model, self._sizes = model, {name: mask.size for name, mask in sizes.items()}
+
+    def put(self, name: str, state: Mapping[str, Tensor], kept: Kept) -> None:
+        """Keeps a version under a name, in place of the one that was there.
+
+        Args:
+            name: of the version.
+            state: the parameters and buffers, by all their names.
+            kept: group name -> boolean array of shape (channels,), True = kept.
+        """
+        self.tensors |= {f"{name}/model/{key}": tensor for key, tensor in state.items()}
+        self.tensors[f"{name}/kept"] = torch.from_numpy(np.concatenate([kept[group] for group in self._sizes]))
+
+    def get(self, name: str) -> tuple[nn.Module, dict[str, NDArray[np.bool_]]]:
+        """Returns a version: a copy of the model with its weights, and what is kept of it."""
+        model = copied(self._model, {})
+        with torch.no_grad():
+            for key, tensor in tensors_of(model, {}).items():
+                tensor.copy_(self.tensors[f"{name}/model/{key}"])
+        parts = np.split(self.tensors[f"{name}/kept"].numpy().astype(bool), np.cumsum(list(self._sizes.values()))[:-1])
+        return model, dict(zip(self._sizes, parts, strict=True))

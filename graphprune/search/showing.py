@@ -1,0 +1,73 @@
+"""What a search shows of itself: a bar while it runs, a table and a plot when it is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from rich.table import Table
+
+from graphprune.search.objective import Trial
+from graphprune.showing import new_figure, ticking, written
+
+Shows: TypeAlias = Callable[[Trial, Trial], None]
+"""Is told the last trial and the best one so far."""
+
+
+@contextmanager
+def bar(what: str, total: int, history: Sequence[Trial], *, shown: bool) -> Iterator[Shows]:
+    """Shows a bar with the last and the best score, the last sparsity and the time left on stderr, while the block runs.
+
+    Args:
+        what: is being run.
+        total: how many trials there will be.
+        history: those that there are already.
+        shown: whether to show anything; nothing is shown where stderr is no terminal either.
+    """
+    with ticking(what, total, len(history), shown=shown) as tick:
+
+        def shows(last: Trial, top: Trial) -> None:
+            tick(f"score {last.score:.4g}, best {top.score:.4g}, sparsity {mean_sparsity(last):.1%}")
+
+        yield shows
+
+
+def mean_sparsity(trial: Trial) -> float:
+    """Returns the mean of the groups' sparsities."""
+    return sum(trial.sparsities.values()) / len(trial.sparsities) if trial.sparsities else 0.0
+
+
+def table(history: Sequence[Trial]) -> Table:
+    """Returns the trials as a table; those that were better than all before are marked."""
+    out = Table(title="Trials")
+    for heading in ("trial", "score", "", "sparsity", "parameters", "MACs", "seconds"):
+        out.add_column(heading, justify="right" if heading else "left")
+    top = float("-inf")
+    for trial in history:
+        mark = "best so far" if trial.score > top else ""
+        top = max(top, trial.score)
+        sizes = (f"{mean_sparsity(trial):.1%}", f"{trial.cost.params:,}", f"{trial.cost.macs:,}", f"{trial.seconds:.1f}")
+        out.add_row(str(trial.number), f"{trial.score:.4f}", mark, *sizes)
+    return out
+
+
+def plotted(history: Sequence[Trial], path: str | os.PathLike[str]) -> None:
+    """Draws score over trial, with the best so far, and score over MACs; the file appears when it is complete.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        FileError: the file cannot be written.
+    """
+    figure = new_figure(10, 4)
+    over_trials, over_cost = figure.subplots(1, 2, sharey=True)
+    scores = [t.score for t in history]
+    tops = [max(scores[: n + 1]) for n in range(len(scores))]
+    over_trials.plot([t.number for t in history], scores, ".", label="score")
+    over_trials.step([t.number for t in history], tops, where="post", label="best so far")
+    over_trials.set(xlabel="trial", ylabel="score")
+    over_trials.legend()
+    over_cost.plot([t.cost.macs for t in history], scores, ".")
+    over_cost.set(xlabel="MACs")
+    written(path, "the plot", figure.savefig)
