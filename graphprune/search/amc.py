@@ -25,6 +25,7 @@ from graphprune.search.base import best as best_of
 from graphprune.search.bench import same_random
 from graphprune.search.ddpg import DDPG, Agent, Transition
 from graphprune.search.objective import Constraint, Objective, Trial
+from graphprune.search.pruner import SearchPruner
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
 from graphprune.training import check_count, refuse_former
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.cost import Cost
-    from graphprune.masks import Masks
     from graphprune.pruners.base import Options
 
 _KIND = "amc"
@@ -176,7 +176,7 @@ class Course:
         return options[low]
 
 
-class AMCPruner:
+class AMCPruner(SearchPruner):
     """Finds the sparsity of every group under a budget by an agent that learns from the scores of whole episodes.
 
     Differs from the pruner of the seeds in that the state is that of the group to come, the replay memory holds a hundred episodes (not a
@@ -274,28 +274,6 @@ class AMCPruner:
             self._run()
             self._result = SearchResult.of(self.history[: self.total])
         return self._result
-
-    @property
-    def best(self) -> Trial:
-        """The best trial; searches where that was not done yet."""
-        return self.search().best
-
-    @property
-    def last(self) -> Trial:
-        """The last trial; searches where that was not done yet."""
-        return self.search().last
-
-    def compress(self) -> tuple[nn.Module, Masks]:
-        """Returns (a copy of the model with what the best trial removes zeroed, the masks)."""
-        masks = self.objective.masks(self.best.sparsities)
-        return masks.masked(self.model), masks
-
-    def get_best_result(self) -> tuple[int, nn.Module, Masks, float, list[dict[str, Any]]]:
-        """Returns of the best trial: its number, the masked copy, the masks, the score, and a config list that says the same."""
-        masked, masks = self.compress()
-        layers = {g.name: list(g.layers) for g in self.objective.graph.groups}
-        entries = [{"op_names": layers[n], "sparsity": s} for n, s in self.best.sparsities.items() if s > 0]
-        return self.best.number, masked, masks, self.best.score, entries
 
     # -- episodes ----------------------------------------------------------------------------------------------------------------
 

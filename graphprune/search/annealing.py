@@ -21,13 +21,13 @@ from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
 from graphprune.search.base import SearchResult, run
 from graphprune.search.objective import Objective, Sparsities, Trial
+from graphprune.search.pruner import SearchPruner
 from graphprune.training import check_count, refuse_former
 
 if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-    from graphprune.masks import Masks
     from graphprune.pruners.base import Options
 
 HOT, COLD = 4.0, 0.04  # temperatures in units of the spread: a median loss is accepted with probability 0.78 at first, 1e-11 at last
@@ -187,7 +187,7 @@ class Annealing:
         self._generator.bit_generator.state = state["generator"]
 
 
-class SimulatedAnnealingPruner:
+class SimulatedAnnealingPruner(SearchPruner):
     """Finds the sparsity of every group under a budget by simulated annealing.
 
     Differs from the pruner of the seeds where that hardly searched: temperatures are in units of the score's observed spread, every
@@ -291,28 +291,3 @@ class SimulatedAnnealingPruner:
     def moves(self) -> tuple[Move, ...]:
         """What became of each trial."""
         return self._annealing.moves
-
-    @property
-    def best(self) -> Trial:
-        """The best trial; searches where that was not done yet."""
-        return self.search().best
-
-    @property
-    def last(self) -> Trial:
-        """The last trial; searches where that was not done yet."""
-        return self.search().last
-
-    def compress(self) -> tuple[nn.Module, Masks]:
-        """Returns (a copy of the model with what the best trial removes zeroed, the masks)."""
-        masks = self.objective.masks(self.best.sparsities)
-        return masks.masked(self.model), masks
-
-    def get_best_result(self) -> tuple[int, nn.Module, Masks, float, list[dict[str, Any]]]:
-        """Returns of the best trial: its number, the masked copy, the masks, the score, and a config list that says the same.
-
-        Its entries name the layers of each group with the group's sparsity.
-        """
-        masked, masks = self.compress()
-        layers = {g.name: list(g.layers) for g in self.objective.graph.groups}
-        entries = [{"op_names": layers[n], "sparsity": s} for n, s in self.best.sparsities.items() if s > 0]
-        return self.best.number, masked, masks, self.best.score, entries

@@ -30,6 +30,7 @@ from graphprune.search.bench import finite, same_random
 from graphprune.search.greedy import held
 from graphprune.search.measured import MeasuredCost
 from graphprune.search.objective import Constraint, Objective, Trial
+from graphprune.search.pruner import SearchPruner
 from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
@@ -92,7 +93,7 @@ class _Proposal:
     after: float
 
 
-class NetAdaptPruner:
+class NetAdaptPruner(SearchPruner):
     """Shrinks a model step by step; each step is taken where the shortly fine-tuned model scores best.
 
     Every iteration asks for a further share of the whole model's cost. For each group, the fewest channels that save it are removed from a
@@ -209,29 +210,12 @@ class NetAdaptPruner:
             raise ConfigError("the model meets the budget as it is", "Ask for less")
         return SearchResult(self._best(), self.history[self.steps[-1].trial], self.history)
 
-    @property
-    def best(self) -> Trial:
-        """The best trial that meets the budget; searches where that was not done yet."""
-        return self.search().best
-
-    @property
-    def last(self) -> Trial:
-        """The trial that the last iteration kept; searches where that was not done yet."""
-        return self.search().last
-
     def compress(self) -> tuple[nn.Module, Masks]:
         """Returns (the best model with its shortly fine-tuned weights, masked and in its original shapes, the masks)."""
         self.search()
         found, kept = self._versions.get("best") if self._admissible else (self._present, self._kept)
         masks = Masks(self.objective.graph, kept)
         return masks.masked(found), masks
-
-    def get_best_result(self) -> tuple[int, nn.Module, Masks, float, list[dict[str, Any]]]:
-        """Returns of the best trial: its number, the masked model, the masks, the score, and a config list with the same sparsities."""
-        masked, masks = self.compress()
-        layers = {g.name: list(g.layers) for g in self.objective.graph.groups}
-        entries = [{"op_names": layers[n], "sparsity": s} for n, s in self.best.sparsities.items() if s > 0]
-        return self.best.number, masked, masks, self.best.score, entries
 
     def _best(self) -> Trial:
         admissible = [self.history[number] for number in self._admissible]
