@@ -130,12 +130,21 @@ def forever():
         count += 1
         run.save({"count": count, "twice": 2 * count}, {"ones": torch.full((200_000,), float(count)), "last": torch.tensor([count])})
 
+def present():
+    try:
+        return os.stat(os.path.join(sys.argv[1], "loop.safetensors")).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
 chance = random.Random(3)
 for _ in range(10):
+    before = present()
     child = os.fork()
     if not child:
         forever()
-    time.sleep(chance.uniform(0.02, 0.2))
+    while present() == before:  # until it has saved, however slow the disk is
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0.0, 0.1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     saved = Run(sys.argv[1], "loop", {"seed": 1}).load()
@@ -154,6 +163,6 @@ def test_kill_at_any_moment_leaves_a_complete_save(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     counts = [int(line) for line in done.stdout.split()]
     assert len(counts) == 10
-    assert counts == sorted(counts)
-    assert counts[-1] > len(counts)
+    assert counts == sorted(set(counts))  # every process saved
+    assert counts[-1] >= len(counts)
     assert [path.name for path in tmp_path.iterdir()] == ["loop.safetensors"]
