@@ -122,6 +122,8 @@ import os, random, signal, sys, time
 import torch
 from graphprune.runs import Run
 
+torch.set_num_threads(1)  # a process that is forked has none of the threads that others would wait for
+
 def forever():
     run = Run(sys.argv[1], "loop", {"seed": 1})
     saved = run.load()
@@ -159,7 +161,9 @@ for _ in range(10):
 def test_kill_at_any_moment_leaves_a_complete_save(tmp_path: Path) -> None:
     """Ten processes that save in a loop are killed with SIGKILL at random moments: the file always loads, and is one whole save."""
     command = [sys.executable, "-c", _SAVES, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)  # noqa: S603 (ourselves)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    here = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603
     assert done.returncode == 0, done.stderr
     counts = [int(line) for line in done.stdout.split()]
     assert len(counts) == 10
