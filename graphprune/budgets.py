@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -162,14 +163,13 @@ class Ranking:
             target: what to come down to.
             rounding: which side of the target to end on; both are within one step of it.
         """
-        low, high = 0, len(self)  # the first number of steps that reaches the target is in low..high, or there is none
-        while low < high:
-            middle = (low + high) // 2
-            if cost(self.counts(middle)) <= target:
-                high = middle
-            else:
-                low = middle + 1
+        low = first_met(range(len(self)), lambda steps: cost(self.counts(steps)) <= target)
         return low if rounding == "floor" or low == 0 or cost(self.counts(low)) >= target else low - 1
+
+
+def first_met(options: Sequence[int], met: Callable[[int], bool]) -> int:
+    """Returns the index of the first option that meets a condition, which all behind it meet as well; how many there are if none does."""
+    return bisect_left(options, True, key=met)  # noqa: FBT003 (false comes before true)
 
 
 def least_kept(size: int, most: float, round_to: int = 1) -> int:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import floor, prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphprune.budgets import keep_highest
+from graphprune.budgets import first_met, keep_highest
 from graphprune.criteria import Criterion
-from graphprune.errors import ConfigError
 from graphprune.forecast import Forecast
 from graphprune.runs import Run
 from graphprune.search.base import SearchResult
@@ -25,7 +24,7 @@ from graphprune.search.base import best as best_of
 from graphprune.search.bench import same_random
 from graphprune.search.ddpg import DDPG, Agent, Transition
 from graphprune.search.objective import Constraint, Objective, Trial
-from graphprune.search.pruner import SearchPruner
+from graphprune.search.pruner import Mode, SearchPruner
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
 from graphprune.training import check_count, refuse_former
@@ -166,14 +165,7 @@ class Course:
 
     def _first(self, options: Sequence[int], constraint: Constraint, name: str, counts: Mapping[str, int]) -> int:
         """Returns the first of a group's falling options with which a constraint is met, the last one if it never is."""
-        low, high = 0, len(options) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._cost(constraint, {**counts, name: options[middle]}) <= constraint.target:
-                high = middle
-            else:
-                low = middle + 1
-        return options[low]
+        return options[first_met(options[:-1], lambda k: self._cost(constraint, {**counts, name: k}) <= constraint.target)]
 
 
 class AMCPruner(SearchPruner):
@@ -225,7 +217,7 @@ class AMCPruner(SearchPruner):
         *,
         example_inputs: object = None,
         ddpg_params: Mapping[str, Any] | None = None,
-        optimize_mode: Literal["maximize", "minimize"] = "maximize",
+        optimize_mode: Mode = "maximize",
         seed: int = 0,
         folder: str | os.PathLike[str] | None = None,
         progress: bool = False,
@@ -235,18 +227,12 @@ class AMCPruner(SearchPruner):
         **options: Unpack[Options],
     ) -> None:
         refuse_former(type(self).__name__, options, _FORMER)
-        if optimize_mode not in ("maximize", "minimize"):
-            raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
-        scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune}
         self.total = check_count(total_episode, "total_episode", 1)
         how = DDPG.of(ddpg_params)
         self.how = how if how.warm_up is not None else replace(how, warm_up=max(self.total // 8, 1))
-        self.model = model
-        self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **limits, **options)
-        if not self.objective.constraints:
-            what = f"{type(self).__name__} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
-            raise ConfigError(what, "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'")
+        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, **options}
+        super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits)
+        self.require(self.objective.constraints)
         self.course = Course(self.objective)
         self.history: tuple[Trial, ...] = ()
         self.episodes: tuple[Episode, ...] = ()

@@ -13,15 +13,15 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
 from graphprune.search.base import SearchResult, run
-from graphprune.search.objective import Objective, Sparsities, Trial
-from graphprune.search.pruner import SearchPruner
+from graphprune.search.objective import Sparsities, Trial
+from graphprune.search.pruner import Mode, SearchPruner
 from graphprune.training import check_count, refuse_former
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class SimulatedAnnealingPruner(SearchPruner):
         perturbation_magnitude: float = 0.35,
         *,
         example_inputs: object = None,
-        optimize_mode: Literal["maximize", "minimize"] = "maximize",
+        optimize_mode: Mode = "maximize",
         base_algo: str | Criterion = "l1",
         trials: int | None = None,
         seed: int = 0,
@@ -253,19 +253,13 @@ class SimulatedAnnealingPruner(SearchPruner):
         **options: Unpack[Options],
     ) -> None:
         refuse_former(type(self).__name__, options, _FORMER)
-        if optimize_mode not in ("maximize", "minimize"):
-            raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
         cooling = Cooling(start_temperature, stop_temperature, cool_down_rate)
         if trials is not None:
             steps = check_count(trials, "trials", 2) - 1
             cooling = Cooling(start_temperature, stop_temperature, (stop_temperature / start_temperature) ** (1 / steps))
-        scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune}
-        self.model = model
-        self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **limits, **options)
-        if not self.objective.constraints:
-            what = f"{type(self).__name__} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
-            raise ConfigError(what, "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'")
+        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, **options}
+        super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits)
+        self.require(self.objective.constraints)
         even = dict.fromkeys(self.objective.groups, 0.5)
         space = (even, self.objective.most, self.objective.project)
         self._annealing = Annealing(*space, cooling=cooling, magnitude=perturbation_magnitude, seed=seed)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Evaluator: TypeAlias = Callable[[nn.Module], float]
 Kept: TypeAlias = "Mapping[str, NDArray[np.bool_]]"
 Scored: TypeAlias = tuple[float, float]  # the score, and the seconds that it took
+_LOW = "Return a low finite number where a model is of no use"
 Walk: TypeAlias = Generator[Kept, Scored, None]  # asks for one evaluation after the other, each in the light of those before
 
 
@@ -164,20 +165,26 @@ def same_random(seed: int) -> Iterator[None]:
             np.random.set_state(numpys)  # noqa: NPY002 (likewise)
 
 
-def finite(value: object) -> float:
-    """Returns what an evaluator gave, as a number.
+def finite(
+    value: object, what: str = "the evaluator returned", fix: str = "Return a low finite number where a model is of no use"
+) -> float:
+    """Returns what a user's function gave, as a number.
+
+    Args:
+        value: a number, or a tensor of one element.
+        what: begins the message, such as "the evaluator returned".
+        fix: ends it where the number is not finite.
 
     Raises:
         ConfigError: it is no finite number.
     """
     try:
-        score = float(value.detach() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]  # whatever a user's function returns
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]  # whatever a user's function returns
     except (TypeError, ValueError) as error:
-        what = f"the evaluator returned a {type(value).__name__}, no number"
-        raise ConfigError(what, "Return one number, higher for a better model") from error
-    if not math.isfinite(score):
-        raise ConfigError(f"the evaluator returned {score}", "Return a low finite number where a model is of no use")
-    return score
+        raise ConfigError(f"{what} a {type(value).__name__}, no number", "Return one finite number") from error
+    if not math.isfinite(number):
+        raise ConfigError(f"{what} {number}", fix)
+    return number
 
 
 def check_processes(processes: object) -> int:

@@ -38,12 +38,8 @@ class MeasuredCost:
         if key not in self._known:
             kept = {name: keep_highest(self.objective.scores[name], left) for name, left in counts.items()}
             small = speedup(self.objective.model, Masks(self.objective.graph, kept), verify=False)[0]
-            try:
-                self._known[key] = finite(self.cost(small.eval()))
-            except ConfigError as error:
-                raise ConfigError(
-                    error.what.replace("the evaluator", "cost="), "Return one finite number, lower for a cheaper model"
-                ) from error
+            fix = "Return one finite number, lower for a cheaper model"
+            self._known[key] = finite(self.cost(small.eval()), "cost= returned", fix)
         return self._known[key]
 
     def constraint(self, target: float) -> Constraint:

@@ -13,11 +13,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from graphprune.budgets import keep_highest
+from graphprune.budgets import first_met, keep_highest
 from graphprune.config import AMOUNTS
 from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
@@ -29,8 +30,8 @@ from graphprune.search.base import best as best_of
 from graphprune.search.bench import finite, same_random
 from graphprune.search.greedy import held
 from graphprune.search.measured import MeasuredCost
-from graphprune.search.objective import Constraint, Objective, Trial
-from graphprune.search.pruner import SearchPruner
+from graphprune.search.objective import Constraint, Trial
+from graphprune.search.pruner import Mode, SearchPruner
 from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
@@ -138,13 +139,15 @@ class NetAdaptPruner(SearchPruner):
         InputError: there are no example inputs, or the model cannot run on them.
     """
 
+    how_much: ClassVar[str] = "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or write a 'total_sparsity'"
+
     def __init__(  # noqa: PLR0913 (the call shape of the seeds)
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
         short_term_fine_tuner: Callable[[nn.Module], object] | None,
         evaluator: Callable[[nn.Module], float],
-        optimize_mode: Literal["maximize", "minimize"] = "maximize",
+        optimize_mode: Mode = "maximize",
         base_algo: str | Criterion = "l1",
         sparsity_per_iteration: float = 0.05,
         *,
@@ -160,8 +163,6 @@ class NetAdaptPruner(SearchPruner):
         **options: Unpack[Options],
     ) -> None:
         refuse_former(type(self).__name__, options, _FORMER)
-        if optimize_mode not in ("maximize", "minimize"):
-            raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
         if not (0 < sparsity_per_iteration < 1 and 0 < decay <= 1):
             what = f"sparsity_per_iteration is {sparsity_per_iteration!r} and decay is {decay!r}"
             raise ConfigError(what, "Give a share in (0, 1), such as 0.05, and a factor in (0, 1]")
@@ -170,10 +171,9 @@ class NetAdaptPruner(SearchPruner):
             what = f"{type(self).__name__} is given {' and '.join(f'{n}=' for n, v in given.items() if v is not None)}"
             raise ConfigError(what, "Give either budget=, or cost= and target= (what to come down to)")
         places = config_list if cost is None else [{k: v for k, v in entry.items() if k not in AMOUNTS} for entry in config_list]
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity}
-        self.model = model
-        self.objective = Objective(model, example_inputs, evaluator, criterion=base_algo, config_list=places, **limits, **options)
-        self.finetune, self._sign = short_term_fine_tuner, 1.0 if optimize_mode == "maximize" else -1.0
+        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, **options}
+        super().__init__(model, places, evaluator, optimize_mode, example_inputs, base_algo, **limits)
+        self.finetune = short_term_fine_tuner
         self.step, self.decay, self.seed = sparsity_per_iteration, decay, seed
         self.history: tuple[Trial, ...] = ()
         self.steps: tuple[Step, ...] = ()
@@ -187,9 +187,7 @@ class NetAdaptPruner(SearchPruner):
         self._admissible: tuple[int, ...] = ()  # the numbers of the trials that meet the budget
         self._measured = None if cost is None else MeasuredCost(self.objective, cost)
         self.constraints = self.objective.constraints if self._measured is None else (self._measured.constraint(float(target or 0.0)),)
-        if not self.constraints:
-            what = f"{type(self).__name__} is given neither a budget nor sparsities"
-            raise ConfigError(what, "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or write a 'total_sparsity'")
+        self.require(self.constraints)
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 
@@ -264,16 +262,9 @@ class NetAdaptPruner(SearchPruner):
         enough = min(asked * (1.0 + _ROUNDING), math.nextafter(before, -math.inf))
         unit, fewest = self.objective.pruner.round_to, self.objective.fewest(name)
         left = [k for k in range(counts[name] - 1, fewest - 1, -1) if k % unit == 0 or k == fewest]
-        low, high = 0, len(left)
-        while low < high:
-            middle = (low + high) // 2
-            if self._cost(constraint, {**counts, name: left[middle]}) <= enough:
-                high = middle
-            else:
-                low = middle + 1
-        if low == len(left):
-            return None
-        return _Proposal(name, left[low], asked, before, self._cost(constraint, {**counts, name: left[low]}))
+        cost = partial(self._with, constraint, counts, name)
+        found = first_met(left, lambda k: cost(k) <= enough)
+        return None if found == len(left) else _Proposal(name, left[found], asked, before, cost(left[found]))
 
     def _try(self, proposal: _Proposal) -> Trial:
         """Fine-tunes and evaluates one proposal, and remembers its weights where it is the best so far."""
@@ -292,7 +283,7 @@ class NetAdaptPruner(SearchPruner):
                     with held(small, masks):
                         self.finetune(small)
                 state = {n: t.detach().clone() for n, t in tensors_of(small, {}).items()}
-            score = self._sign * finite(self.objective.evaluator(small.eval()))
+            score = finite(self.objective.evaluator(small.eval()))
         counts = {**self._counts(), proposal.group: proposal.left}
         sparsities = {n: (kept[n].size - counts[n]) / kept[n].size for n in self.objective.groups}
         trial = Trial(number, sparsities, score, self.objective.cost(sparsities), time.perf_counter() - start)
@@ -332,6 +323,10 @@ class NetAdaptPruner(SearchPruner):
     def _met(self, counts: Mapping[str, int]) -> bool:
         return all(self._cost(c, counts) <= c.target * (1.0 + _ROUNDING) for c in self.constraints)
 
+    def _with(self, constraint: Constraint, counts: Mapping[str, int], name: str, left: int) -> float:
+        """Returns the cost where one group is left with another number of channels."""
+        return self._cost(constraint, {**counts, name: left})
+
     def _cost(self, constraint: Constraint, counts: Mapping[str, int]) -> float:
         return constraint.cost({n: counts[n] for n in constraint.names})
 
@@ -340,7 +335,7 @@ class NetAdaptPruner(SearchPruner):
     def _settings(self) -> dict[str, Any]:
         """Returns what the result depends on, as plain values."""
         pruner = self.objective.pruner
-        how: dict[str, Any] = {"step": self.step, "decay": self.decay, "seed": self.seed, "mode": self._sign}
+        how: dict[str, Any] = {"step": self.step, "decay": self.decay, "seed": self.seed, "mode": self.mode}
         how |= {"physical": self.objective.physical, "finetuner": name_of(self.finetune)}
         how |= {"round_to": pruner.round_to, "aggregation": pruner.aggregation, "scope": pruner.scope}
         return {**self.objective.settings(), **how, "constraints": [[c.words, c.target] for c in self.constraints]}

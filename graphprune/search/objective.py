@@ -7,7 +7,6 @@ that a search spends its time on scores alone.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.counts import whole
 from graphprune.pruners.requests import requests
 from graphprune.runs import digest
+from graphprune.search.bench import finite
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class Objective:
             self.finetune(small)
             if not self.physical:
                 self.masks(sparsities).apply(small)
-        score = checked_score(self.evaluator(small.eval()), number)
+        score = finite(self.evaluator(small.eval()), f"the evaluator returned for trial {number}")
         counts = self.counts(sparsities)
         achieved = {n: self._share(n, counts[n]) for n in self.groups}
         return Trial(number, achieved, score, self._cost(counts), time.perf_counter() - start)
@@ -299,18 +299,3 @@ class Objective:
         criterion = type(self.pruner.criterion).__name__
         weights = digest(dict(self.model.state_dict()))
         return {"graph": self.graph.fingerprint, "weights": weights, "constraints": targets, "most": self.most, "criterion": criterion}
-
-
-def checked_score(value: Any, number: int) -> float:
-    """Returns what an evaluator gave for a trial, as a number.
-
-    Raises:
-        ConfigError: it is no finite number.
-    """
-    try:
-        score = float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the evaluator returned {value!r} for trial {number}", "Return one number, higher for a better model") from error
-    if not math.isfinite(score):
-        raise ConfigError(f"the evaluator returned {score} for trial {number}", "Return a low finite number where a model is of no use")
-    return score

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+
+from graphprune.criteria import Criterion
+from graphprune.errors import ConfigError
+from graphprune.search.objective import Constraint, Objective, Trial
 
 if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.masks import Masks
     from graphprune.search.base import SearchResult
-    from graphprune.search.objective import Objective, Trial
+
+Mode: TypeAlias = Literal["maximize", "minimize"]
 
 
 class SearchPruner(ABC):
     """A pruner that evaluates many models and keeps the best.
 
+    Args:
+        model: left bit-identical.
+        config_list: which layers lose channels, see `Objective`.
+        evaluator: from a shrunk model to a number.
+        optimize_mode: "minimize" negates what the evaluator returns.
+        example_inputs: what the model is run on to find its groups.
+        base_algo: the criterion that says which channels go first.
+        options: further arguments of `Objective`.
+
     Attributes:
-        model: the user's, left bit-identical.
-        objective: what is searched.
+        model: the user's.
+        objective: what is searched; its scores are higher for better models.
+        mode: the optimize_mode.
+
+    Raises:
+        ConfigError: an argument is not usable, or the budget cannot be met.
+        InputError: there are no example inputs, or the model cannot run on them.
     """
 
-    model: nn.Module
-    objective: Objective
+    how_much: ClassVar[str] = "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        evaluator: Callable[[nn.Module], float],
+        optimize_mode: Mode,
+        example_inputs: object,
+        base_algo: str | Criterion,
+        **options: Any,
+    ) -> None:
+        if optimize_mode not in get_args(Mode):
+            raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
+        scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
+        self.model, self.mode = model, optimize_mode
+        self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **options)
+
+    def require(self, constraints: Sequence[Constraint]) -> None:
+        """Raises unless something must be met.
+
+        Raises:
+            ConfigError: nothing must.
+        """
+        if not constraints:
+            what = f"{type(self).__name__} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
+            raise ConfigError(what, self.how_much)
 
     @abstractmethod
     def search(self) -> SearchResult:

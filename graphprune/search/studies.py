@@ -28,8 +28,8 @@ from torch import nn
 from graphprune.errors import ConfigError, FileError, nearest
 from graphprune.runs import plain
 from graphprune.search.base import SearchResult, best
-from graphprune.search.bench import same_random
-from graphprune.search.objective import Objective, Sparsities, Trial, checked_score
+from graphprune.search.bench import finite, same_random
+from graphprune.search.objective import Objective, Sparsities, Trial
 from graphprune.search.showing import bar
 from graphprune.training import check_count
 
@@ -194,7 +194,8 @@ class Study:
 
     def _measured(self, trial: Trial) -> float:
         if callable(self.minimize):
-            return checked_score(self.minimize(self.objective.small(trial.sparsities).eval()), trial.number)
+            value = self.minimize(self.objective.small(trial.sparsities).eval())
+            return finite(value, f"minimize= returned for trial {trial.number}", "Return a high finite number where a model is of no use")
         return float(getattr(trial.cost, str(self.minimize)))
 
     def _abandoned(self, known: list[Any]) -> optuna.Trial | None:
