@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 
 from graphprune.errors import FileError, MaskError, nearest
 from graphprune.meta import require_values
+from graphprune.replacing import replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -163,13 +163,10 @@ def write_flags(path: str | os.PathLike[str], flags: Mapping[str, NDArray[np.boo
         FileError: the folder does not exist or is not writable.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: array.astype(np.uint8) for name, array in flags.items()}, temporary, metadata)
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            save_file({name: array.astype(np.uint8) for name, array in flags.items()}, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise FileError(f"cannot write masks to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error
 
 

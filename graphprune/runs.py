@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from graphprune.errors import ConfigError, FileError
+from graphprune.replacing import leftovers, replacing
 
 FORMAT = 1
 _KEY = "graphprune.run"
@@ -84,7 +85,8 @@ class Run:
         """
         if self.path is None:
             return None
-        self._remove_leftovers()
+        for leftover in leftovers(self.path):
+            leftover.unlink(missing_ok=True)
         if not self.path.exists():
             return None
         header, tensors = _read(self.path, tensors=True)
@@ -117,21 +119,14 @@ class Run:
             "state": {str(name): plain(value, f"state {name!r}") for name, value in state.items()},
             "random": found,
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             own = {f"{_OWN}{n}": t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in (tensors or {}).items()}
-            with temporary.open("wb") as file:
-                file.write(save({**own, **arrays}, {_KEY: json.dumps(header)}))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-            _flush(self.path.parent)
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(save({**own, **arrays}, {_KEY: json.dumps(header)}))
         except OSError as error:
             raise FileError(f"cannot write the run to {str(self.path)!r}: {error}", "Choose a folder that can be written to") from error
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise FileError(f"safetensors cannot hold the tensors of the run: {error}", "Give plain dense tensors") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _require_mine(self, header: Mapping[str, Any]) -> None:
         """Raises unless the file is of a run with these settings."""
@@ -141,14 +136,6 @@ class Run:
             if mine != other:
                 what = f"{str(self.path)!r} is of a run with other settings: {name} was {_shown(other)} and is {_shown(mine)} now"
                 raise FileError(what, f"Give the same {name} to go on with that run. {_OTHER}")
-
-    def _remove_leftovers(self) -> None:
-        """Removes what processes that were killed in the middle of a save have left; those still alive keep theirs."""
-        assert self.path is not None  # noqa: S101 (for the type checker; the caller has looked)
-        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-            pid = leftover.name.removeprefix(f".{self.path.name}.").removesuffix(".tmp")
-            if pid.isdigit() and not _alive(int(pid)):
-                leftover.unlink(missing_ok=True)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -225,25 +212,3 @@ def _put_random(found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
         for index in range(torch.cuda.device_count()):
             if f"{_RANDOM}cuda/{index}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"{_RANDOM}cuda/{index}"], index)
-
-
-def _flush(folder: Path) -> None:
-    """Makes sure that the names in a folder are on the disk and not only in its cache, where the system lets folders be opened."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _alive(pid: int) -> bool:
-    """Returns whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

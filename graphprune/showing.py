@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from graphprune.errors import ConfigError, FileError
+from graphprune.replacing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,15 +32,12 @@ def written(path: str | os.PathLike[str], what: str, write: Callable[[Path], obj
         FileError: it cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
-        write(temporary)
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            write(temporary)
     except (OSError, ValueError) as error:
         fix = "Choose a folder that exists and is writable, and an ending that fits"
         raise FileError(f"cannot write {what} to {str(target)!r}: {error}", fix) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def written_csv(path: str | os.PathLike[str], what: str, rows: Iterable[Iterable[Any]]) -> None:

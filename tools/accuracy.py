@@ -157,11 +157,12 @@ def main() -> int:
     except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from graphprune.replacing import replacing
+
     text = table.to_markdown()
     print(text)
-    temporary = options.out / ".accuracy.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(options.out / "accuracy.md")
+    with replacing(options.out / "accuracy.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     table.plot(options.out / "accuracy.png")
     return 1 if table.failures() else 0
 

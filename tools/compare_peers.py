@@ -250,15 +250,16 @@ def show(outcomes: dict[str, Outcome], limit: float) -> None:
 
 def save(outcomes: dict[str, Outcome], limit: float, versions: dict[str, str], path: Path) -> None:
     """Writes every run, what it was measured with, and the verdicts as JSON."""
+    from graphprune.replacing import replacing
+
     machine = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(), "torch_threads": 1}
     networks = {}
     for name, outcome in outcomes.items():
         ratios = {side: outcome.ratio(side, limit)[0] for side in (OURS, IN_PLACE)}
         networks[name] = {**asdict(outcome), "ratios": ratios, "bound": BOUNDS.get(name), "holds": holds(name, outcome, limit)}
-    temporary = path.with_name(f".{path.name}.tmp")
     document = {"versions": versions, "machine": machine, "limit_seconds": limit, "networks": networks}
-    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:

@@ -121,9 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
         shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         print(f"{key.replace('_', ' '):20s} {shown}")
     if options.json:
-        temporary = options.json.with_name(f".{options.json.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(options.json)
+        from graphprune.replacing import replacing
+
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     found = faults(record, options.seconds, options.gib)
     print("; ".join(found) or f"passes: at most {options.seconds:g} s and {options.gib:g} GiB")
     return 1 if found else 0

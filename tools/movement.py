@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -129,6 +128,7 @@ def trained(options: argparse.Namespace, text: Text) -> nn.Module:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from graphprune.replacing import replacing
     from tests.support.bytes import Batches, ByteTransformer, next_byte
 
     torch.manual_seed(0)
@@ -139,9 +139,8 @@ def trained(options: argparse.Namespace, text: Text) -> nn.Module:
         return model
     course = Course(Batches(text.train, options.steps, seed=1), LR)
     course(model, course.optimizer(model.parameters()), next_byte)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(model.state_dict(), temporary)
     return model
 
 
@@ -210,9 +209,10 @@ def table(before: float, results: list[Result]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Writes a file by a temporary name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    from graphprune.replacing import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

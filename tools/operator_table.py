@@ -31,6 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, writes or compares, and returns the exit code."""
+    from graphprune.replacing import replacing
     from tests.support.operator_section import COMMAND, replaced, section
     from tests.support.operator_table import OPERATORS
     from tests.support.operator_verdicts import measure, pair
@@ -49,9 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print(f"{options.readme.name} is up to date" if new == old else f"{options.readme.name} is out of date; run {COMMAND}")
         return 1 if bad or new != old else 0
-    temporary = options.readme.with_name(f".{options.readme.name}.new")
-    temporary.write_text(new, encoding="utf-8")
-    temporary.replace(options.readme)
+    with replacing(options.readme) as temporary:
+        temporary.write_text(new, encoding="utf-8")
     return 1 if bad else 0
 
 

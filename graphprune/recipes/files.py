@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from graphprune.errors import FileError, MaskError
 from graphprune.recipes.record import Recipe, Step, recipe_of
+from graphprune.replacing import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,16 +43,13 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors, aliases = _distinct(state)
     metadata = {"format": "pt", _KEY: json.dumps(_header(recipe, aliases))}
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file({**tensors, **_arrays(recipe)}, temporary, metadata)
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            save_file({**tensors, **_arrays(recipe)}, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot write a model to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error
     except (KeyError, ValueError, RuntimeError) as error:
         raise FileError(f"safetensors cannot hold the model's tensors: {error}", "Convert them to a plain dense type first") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, torch.Tensor]]:

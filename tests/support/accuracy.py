@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.criteria import CRITERIA, Criterion
 from graphprune.demo import BATCH, FINETUNE_LR, LR, Digits, accuracy, build, train
+from graphprune.replacing import replacing
 
 Side: TypeAlias = Literal["graphprune", "torch-pruning"]
 Order: TypeAlias = Literal["even", "global"]
@@ -124,9 +124,8 @@ def trained(folder: Path, settings: Settings, seed: int, data: Digits) -> nn.Mod
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     train(model, data, epochs=settings.epochs, lr=settings.lr, seed=seed)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(model.state_dict(), temporary)
     return model.eval()
 
 

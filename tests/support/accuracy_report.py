@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graphprune.replacing import replacing
 from tests.support.accuracy import OURS, PEER, STAGES, Cell, Method, Order, Record, Settings, identity
 
 FAILED, MISSING = "failed", "-"
@@ -41,9 +42,8 @@ class Results:
         """Keeps a record, in place of an earlier one of the same cell, and writes the file."""
         self._records[_key(record)] = record
         text = "".join(f"{json.dumps(one)}\n" for one in self._records.values())
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def of(self, cell: Cell) -> Record | None:
         """Returns the record of a cell, or None where it has not been measured."""
@@ -225,10 +225,9 @@ class Table:
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="center right", fontsize="small")
         figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format="png", dpi=110)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
         plt.close(figure)
-        temporary.replace(path)
 
     def _draw(self, panel: Any, method: Method, stage: str, colours: Sequence[Any], names: Sequence[Any]) -> None:
         """Draws one method; a peer's has the colour of ours that it is compared with."""

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from graphprune.replacing import replacing
 from tests.support.torchvision_shim import import_torchvision
 from tests.support.zoo_sources import Blueprint, images
 
@@ -71,9 +72,8 @@ def refresh(say: Callable[[str], None]) -> None:
 def save(version: str, modules: dict[str, dict[str, Any]]) -> None:
     """Writes `SMALLEST`, a line for each module."""
     lines = ",\n".join(f"    {json.dumps(module)}: {json.dumps(entry)}" for module, entry in sorted(modules.items()))
-    temporary = SMALLEST.with_suffix(".tmp")
-    temporary.write_text(f'{{\n  "timm": {json.dumps(version)},\n  "modules": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
-    temporary.replace(SMALLEST)
+    with replacing(SMALLEST) as temporary:
+        temporary.write_text(f'{{\n  "timm": {json.dumps(version)},\n  "modules": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
 
 
 def _parameters(timm: Any, name: str, say: Callable[[str], None]) -> int:
