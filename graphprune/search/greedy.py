@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphprune.budgets import Budget, Ranking, kept_count
 from graphprune.config import AMOUNTS, check_sparsity
@@ -24,6 +22,7 @@ from graphprune.masks import Masks, copied, tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.runs import Run, digest
+from graphprune.schedules.keeping import held
 from graphprune.search.bench import Bench, Evaluator
 from graphprune.search.curves import last_admissible
 from graphprune.search.scoreboard import name_of
@@ -91,7 +90,7 @@ class SensitivityPruner:
         config_list: which layers lose channels, and the target: a `sparsity` or `total_sparsity`, the same in all entries, is the share of
             the weights of all selected groups that is to go. With a budget, entries say only where.
         evaluator: from a model in evaluation mode to a finite number, higher = better. It is given copies.
-        finetuner: trains the model in place; what has been pruned stays zero after every step of a `torch.optim.Optimizer`.
+        finetuner: trains the model in place; what has been pruned is zeroed before every forward pass and at the end.
         base_algo: says which channels go first: the name of a criterion, or one.
         sparsity_proportion_calc: from the score of the present model, the threshold and {group: {sparsity: score}} to {group: the share of
             its remaining channels that it may lose}; by default, the last admissible sparsities.
@@ -311,17 +310,6 @@ class SensitivityPruner:
                 "sparsities": self.asked.sparsities, "physical": self.asked.physical, "seed": self.asked.seed,
                 "rounding": pruner.rounding, "round_to": pruner.round_to, "aggregation": pruner.aggregation, "scope": pruner.scope,
                 "cut": pruner.cut}  # fmt: skip
-
-
-@contextmanager
-def held(model: nn.Module, masks: Masks) -> Iterator[None]:
-    """Keeps what masks remove at zero while the block trains the model: after every step of any optimizer, and at the end."""
-    handle = register_optimizer_step_post_hook(lambda _optimizer, _args, _kwargs: masks.apply(model))
-    try:
-        yield
-    finally:
-        handle.remove()
-    masks.apply(model)
 
 
 def _target(config_list: Sequence[Mapping[str, Any]]) -> float:

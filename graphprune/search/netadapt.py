@@ -24,11 +24,11 @@ from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
 from graphprune.masks import Masks, copied, tensors_of
 from graphprune.runs import Run
+from graphprune.schedules.keeping import held
 from graphprune.scoring import score_groups
 from graphprune.search.base import SearchResult
 from graphprune.search.base import best as best_of
 from graphprune.search.bench import finite, same_random
-from graphprune.search.greedy import held
 from graphprune.search.measured import MeasuredCost
 from graphprune.search.objective import Constraint, Trial
 from graphprune.search.pruner import Mode, SearchPruner
