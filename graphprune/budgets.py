@@ -52,6 +52,12 @@ class Budget:
         """The fraction to remove."""
         return float(self.macs if self.macs is not None else self.params or 0.0)
 
+    def left(self, dense: float) -> float:
+        """Returns what stays of a cost, without what a fraction such as 1 - 0.9 adds to a whole number in its last bits."""
+        target = dense * (1.0 - self.removed)
+        nearest = float(round(target))
+        return nearest if math.isclose(target, nearest, rel_tol=1e-12, abs_tol=1e-9) else target
+
     def __str__(self) -> str:
         """In words."""
         return f"{self.removed:.1%} of the {'MACs' if self.unit == 'macs' else 'parameters'}"

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphprune.distributed import rank
 from graphprune.errors import ConfigError, InputError
-from graphprune.observing.gradients import averaged, differentiable, gradients, precise, tensors_of
+from graphprune.observing.gradients import averaged, differentiable, gradients, named, precise
 
 if TYPE_CHECKING:
     from graphprune.data import Source
@@ -43,7 +43,7 @@ def observe_curvature(model: nn.Module, parameters: Iterable[str], source: Sourc
     """
     if probes < 1:
         raise ConfigError(f"the number of probes of the Hessian diagonal is {probes}", "Use at least 1")
-    tensors = tensors_of(model, parameters)
+    tensors = named(model, parameters)
     sums = {name: torch.zeros_like(t, dtype=precise(t), requires_grad=False) for name, t in tensors.items()}
     generator = torch.Generator().manual_seed(seed + _RANKS_APART * rank())
     batches = 0

@@ -37,7 +37,7 @@ def observe_products(model: nn.Module, parameters: Iterable[str], source: Source
         ConfigError: the model has no parameter of a name, or there is no loss.
         InputError: there are no batches, or a loss cannot be used.
     """
-    tensors = tensors_of(model, parameters)
+    tensors = named(model, parameters)
     sums = {name: torch.zeros_like(t, dtype=precise(t), requires_grad=False) for name, t in tensors.items()}
 
     def add(products: Mapping[str, Tensor]) -> None:
@@ -59,7 +59,7 @@ def observe_joint(model: nn.Module, slices: Mapping[str, tuple[Slice, ...]], sou
         ConfigError: the model has no parameter of a name, or there is no loss.
         InputError: there are no batches, or a loss cannot be used.
     """
-    tensors = tensors_of(model, dict.fromkeys(s.parameter for owned in slices.values() for s in owned))
+    tensors = named(model, dict.fromkeys(s.parameter for owned in slices.values() for s in owned))
     index = {id(s): torch.from_numpy(s.index).to(tensors[s.parameter].device) for owned in slices.values() for s in owned}
     sums: dict[str, Tensor] = {}
     for name, owned in slices.items():
@@ -80,7 +80,7 @@ def observe_joint(model: nn.Module, slices: Mapping[str, tuple[Slice, ...]], sou
     return averaged(sums, _products(model, tensors, source, add))
 
 
-def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+def named(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Returns a model's parameters (or buffers) by name.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 from graphprune.distributed import summed
 from graphprune.labelling import operators
 from graphprune.observing.following import follow, name
-from graphprune.observing.gradients import precise, tensors_of
+from graphprune.observing.gradients import named, precise
 from graphprune.ops.registry import named_arguments
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def observe_inputs(model: nn.Module, graph: DependencyGraph, parameters: Iterabl
         ConfigError: the model has no parameter of a name.
         InputError: there are no batches, or a batch takes another path through the model than the example inputs did.
     """
-    tensors = tensors_of(model, parameters)
+    tensors = named(model, parameters)
     program = graph.engine.program
     products = {node: p for node in operators(program) for p in [_product(node)] if p is not None and p.parameter in tensors}
     squares: dict[fx.Node, Tensor] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -70,7 +69,7 @@ class Counting:
             return float(getattr(forecast.cost(kept), budget.unit))
 
         dense = float(getattr(forecast.dense, budget.unit))
-        target = whole(dense * (1.0 - budget.removed))
+        target = budget.left(dense)
         least = cost(ranking.counts(len(ranking)))
         if least > target:
             what = f"the budget removes {budget}, but at most {1.0 - least / dense:.1%} can go from what the config list selects"
@@ -89,9 +88,3 @@ class Counting:
                 capped = self.most.get(name, 1.0) < 1.0
                 self.notes[name] = f"max_sparsity_per_layer is {self.most[name]:g}" if capped else "the last channels of a group stay"
         return counts
-
-
-def whole(target: float) -> float:
-    """Returns a number of parameters or MACs without what a fraction such as 1 - 0.9 adds to it in its last bits."""
-    nearest = float(round(target))
-    return nearest if math.isclose(target, nearest, rel_tol=1e-12, abs_tol=1e-9) else target

@@ -22,7 +22,6 @@ from graphprune.errors import ConfigError, nearest
 from graphprune.forecast import Forecast
 from graphprune.masks import Masks
 from graphprune.pruners.base import Options, Pruner
-from graphprune.pruners.counts import whole
 from graphprune.pruners.requests import requests
 from graphprune.runs import digest
 from graphprune.search.bench import finite
@@ -161,7 +160,7 @@ class Objective:
         """Returns what must be met: the budget, or the sparsity of each config entry."""
         if self.budget is not None:
             dense = self._forecast.dense
-            target = whole(float(getattr(dense, self.budget.unit)) * (1.0 - self.budget.removed))
+            target = self.budget.left(float(getattr(dense, self.budget.unit)))
             unit = self.budget.unit
             words = f"the budget removes {self.budget}"
             made = [Constraint(self.groups, lambda counts: float(getattr(self._cost(counts), unit)), target, words)]
