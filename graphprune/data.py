@@ -75,7 +75,7 @@ class Loader:
             InputError: there are no batches, or the model cannot run on one.
         """
         samples = 0
-        with undisturbed(model), _generators(), _numbered() as position:
+        with undisturbed(model), generators_kept(), _numbered() as position:
             for batch in self._taken(position):
                 inputs, _ = parted(batch)
                 visit(inputs)
@@ -92,7 +92,7 @@ class Loader:
         if self.loss is None:
             raise ConfigError("the data has no loss, and gradients are needed", _LOSS)
         samples = 0
-        with undisturbed(model), _generators(), whole_attention(), torch.enable_grad(), _numbered() as position:
+        with undisturbed(model), generators_kept(), whole_attention(), torch.enable_grad(), _numbered() as position:
             for batch in self._taken(position):
                 samples += self._one_loss(model, batch, visit)
         return samples
@@ -198,7 +198,7 @@ class Trainer:
         return samples
 
     def _rehearsed(self, model: nn.Module, called: Callable[[Inputs], None], lost: Callable[[Any], None] | None) -> None:
-        with undisturbed(model), _generators(), whole_attention(), torch.enable_grad():
+        with undisturbed(model), generators_kept(), whole_attention(), torch.enable_grad():
             Rehearsal(model, called, lost, self.limit).run(self.trainer, self.optimizer, self.criterion)
 
 
@@ -276,7 +276,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 @contextmanager
-def _generators() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Puts the random number generators of Python and NumPy back after the block (`undisturbed` does so with PyTorch's)."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (it is the global one that loaders draw from)
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from graphprune.data import generators_kept
 from graphprune.errors import ConfigError
 from graphprune.groups import trace
 from graphprune.masks import Masks, copied
@@ -152,17 +153,12 @@ def _evaluate(kept: Kept) -> Scored:
 @contextmanager
 def same_random(seed: int) -> Iterator[None]:
     """Seeds the global random number generators for the block, and puts them back where they were."""
-    python, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global generator that evaluators draw from)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with generators_kept(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (likewise)
+        np.random.seed(seed)  # noqa: NPY002 (the global generator that evaluators draw from)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpys)  # noqa: NPY002 (likewise)
+        yield
 
 
 def finite(
