@@ -14,7 +14,7 @@ averaged behind every epoch, so that all end with one and the same model. All mu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
@@ -70,6 +70,7 @@ def course(
     Raises:
         ConfigError: there is nothing to train with, there are two things, or one is of the wrong kind.
     """
+    refuse_evaluator(who, trainer)
     if optimizer is None:
         what = f"{who} trains, and has no optimizer"
         raise ConfigError(what, "Pass optimizer=, such as torch.optim.SGD(model.parameters(), lr=0.01), or training_epochs=0")
@@ -80,8 +81,6 @@ def course(
         what = f"{who} has {'neither' if trainer is None else 'both'} a trainer {'nor' if trainer is None else 'and'} data to train with"
         raise ConfigError(what, f"Pass either a {_TRAINER}, or data= (batches of inputs and targets) and loss=")
     if trainer is not None:
-        if not callable(trainer):
-            raise ConfigError(f"the trainer of {who} is a {type(trainer).__name__}", f"Pass a function {_TRAINER}")
         return Course(who, trainer, optimizer, criterion)
     loader = data if isinstance(data, Loader) else Loader(data)
     loss = next((one for one in (loader.loss, loss, criterion) if one is not None), None)
@@ -102,20 +101,42 @@ def check_count(value: object, name: str, least: int) -> int:
     return value
 
 
-def refuse_former(who: str, given: Iterable[str], former: Mapping[str, str]) -> None:
+def refuse_former(
+    who: str, given: Iterable[str], former: Mapping[str, str], surplus: Sequence[object] = (), order: Sequence[str] = ()
+) -> None:
     """Raises where an argument has another name, or another meaning, than in the pruners that the seeds describe.
 
     Args:
         who: the pruner.
         given: names of its further keyword arguments.
         former: name of an argument that it does not have -> what to write instead.
+        surplus: positional arguments behind those that it takes.
+        order: what they were there.
 
     Raises:
         ConfigError: one of them is given.
     """
-    for name in given:
+    for name in (*order[: len(surplus)], *given):
         if name in former:
             raise ConfigError(f"{who} has no argument {name}=", f"Write {former[name]}")
+    if surplus:
+        what = f"{who} is given {len(surplus)} positional argument{'s' * (len(surplus) > 1)} more than it takes"
+        raise ConfigError(what, "Write options by name")
+
+
+def refuse_evaluator(who: str, trainer: object) -> None:
+    """Raises where something else than a trainer is given as one, such as the evaluator objects of NNI's second and third version.
+
+    Args:
+        who: the pruner.
+        trainer: what it was given as its trainer.
+
+    Raises:
+        ConfigError: it cannot be called.
+    """
+    if trainer is not None and not callable(trainer):
+        what = f"the trainer of {who} is a {type(trainer).__name__}"
+        raise ConfigError(what, f"Pass a function {_TRAINER}, with optimizer= and criterion=, or data= and loss=; and options by name")
 
 
 def added(values: Iterable[Tensor]) -> Tensor:

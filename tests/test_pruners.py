@@ -408,3 +408,15 @@ def test_where_no_block_can_go_positions_within_do() -> None:
     assert any(channels == 1 for channels, _ in kept.values())
     assert all(after == max(channels // 2, 1) for channels, after in kept.values())
     assert report.effect > 1e-3
+
+
+def test_criteria_go_by_name() -> None:
+    """A pruner takes the name of a criterion or the criterion; a wrong name is an error that says what there is."""
+    model, example = residual()
+    named, given = (gp.Pruner(model, [{"sparsity": 0.5, "op_types": ["Conv2d"]}], c, example).masks() for c in ("fpgm", gp.FPGM()))
+    assert isinstance(named, gp.Masks)
+    assert isinstance(given, gp.Masks)
+    assert sum(int((~named[name]).sum()) for name in named) > 0
+    assert all((named[name] == given[name]).all() for name in named)
+    with pytest.raises(gp.ConfigError, match="fpgn"):
+        gp.Pruner(model, [{"sparsity": 0.5, "op_types": ["Conv2d"]}], "fpgn", example)

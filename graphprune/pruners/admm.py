@@ -18,7 +18,7 @@ from graphprune.errors import ConfigError
 from graphprune.masks import copied
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.level import LevelPruner
-from graphprune.training import Session, added, check_count, course, refuse_former
+from graphprune.training import Session, added, check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -116,6 +116,7 @@ class ADMMPruner:
         **options: Unpack[Options],
     ) -> None:
         who = type(self).__name__
+        refuse_evaluator(who, trainer)
         refuse_former(who, options, _FORMER)
         if granularity not in get_args(Granularity):
             raise ConfigError(f"granularity is {granularity!r}", f"Use one of {', '.join(map(repr, get_args(Granularity)))}")

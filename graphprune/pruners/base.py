@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, 
 from graphprune.arithmetic.widths import stated_widths
 from graphprune.budgets import Budget, Plan, Rounding, keep_highest, kept_count
 from graphprune.config import resolve
-from graphprune.criteria import Criterion, is_comparable, seen_by
+from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
 from graphprune.data import Loader
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups import trace
@@ -57,6 +57,7 @@ _FORMER = {
     "dummy_input": "write example_inputs=",
     "dependency_aware": "write mode='dependency_aware', the default once there are example inputs",
     "global_sort": "write mode='global', or 'total_sparsity' in the config list",
+    "existed_wrappers": "leave it out: nothing is wrapped, and masks can be kept and applied again",
     "evaluator": "pass trainer=, optimizer= and criterion=, or data= and loss=",
     "training_steps": "write training_batches= (of data) or training_epochs= (of training)",
     "training_batches": "leave it out: this pruner looks at no data; or write iterations= and training_epochs= for one that trains",
@@ -70,7 +71,7 @@ class Pruner:
         model: left as it is.
         config_list: entries as in the seeds, see `graphprune.config`; a layer that no entry matches is kept whole. With a budget, entries
             say which layers lose channels and not how many.
-        criterion: scores channels, see `graphprune.criteria`.
+        criterion: scores channels: the name of one, or one, see `graphprune.criteria`.
         example_inputs: what the model is run on to find its groups: a tensor, a tuple of arguments, a dict of keyword arguments, or
             (arguments, keyword arguments). Pruners that are given data take its first batch where there are none.
 
@@ -104,13 +105,13 @@ class Pruner:
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
-        criterion: Criterion,
+        criterion: str | Criterion,
         example_inputs: object = None,
         **options: Unpack[Options],
     ) -> None:
         _check_options(type(self).__name__, options)
         self.model = model
-        self.criterion = criterion
+        self.criterion = criterion_named(criterion)
         self.source = options.get("source")
         self.rounding: Rounding = options.get("rounding", "floor")
         self.round_to = options.get("round_to", 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graphprune.criteria import APoZ, MeanActivation, Taylor
 from graphprune.data import source
 from graphprune.pruners.base import Options, Pruner
+from graphprune.training import refuse_evaluator
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ class _DataPruner(Pruner):
         loss: Callable[[Any, Any], torch.Tensor] | None = None,
         **options: Unpack[Options],
     ) -> None:
+        refuse_evaluator(type(self).__name__, trainer)
         given: dict[str, Any] = {"trainer": trainer, "optimizer": optimizer, "criterion": criterion, "limit": training_batches}
         options["source"] = source(data=data, loss=loss, who=type(self).__name__, **given)
         super().__init__(model, config_list, type(self).scoring(), example_inputs, **options)

@@ -15,6 +15,7 @@ from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, InputError
 from graphprune.meta import require_values
 from graphprune.selectors import Trait
+from graphprune.training import refuse_former
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 LevelMode: TypeAlias = Literal["normal", "balance", "global"]
 LevelCriterion: TypeAlias = Literal["magnitude", "lamp"]
 
+_FORMER = {
+    "dependency_aware": "nothing: single weights depend on nothing; L1NormPruner prunes coupled groups",
+    "dummy_input": "nothing: single weights depend on nothing",
+    "evaluator": "nothing: weights are chosen by their magnitudes alone",
+    "existed_wrappers": "nothing: no layer is wrapped, and masks can be kept and applied again",
+}
 _WEIGHTS = Trait(
     "has a weight of two or more dimensions", "has no weight of two or more dimensions", "have no weight of two or more dimensions"
 )
@@ -88,6 +95,7 @@ class LevelPruner:
         balance_gran: for "balance", the shape of a block, aligned with the last dimensions of the weight: [4] at 0.5 keeps 2 of 4.
         criterion: "magnitude" ranks by |w|. "lamp" makes magnitudes of different layers comparable (see `lamp_scores`), which matters to
             a total sparsity only, as the order within a layer is the same.
+        former: none; what NNI has besides is refused by name.
 
     Attributes:
         achieved: layer -> `WeightSparsity`, filled in by `masks` and `compress`.
@@ -105,7 +113,11 @@ class LevelPruner:
         balance_gran: Sequence[int] | None = None,
         *,
         criterion: LevelCriterion = "magnitude",
+        **former: object,
     ) -> None:
+        refuse_former(type(self).__name__, former, _FORMER)
+        if former:
+            raise ConfigError(f"{type(self).__name__} has no argument {next(iter(former))}=", "Use mode, balance_gran and criterion")
         if criterion not in get_args(LevelCriterion):
             raise ConfigError(f"criterion is {criterion!r}", f"Use one of {', '.join(map(repr, get_args(LevelCriterion)))}")
         _check_mode(mode, balance_gran)

@@ -11,7 +11,7 @@ from graphprune.data import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Options, Pruner
 from graphprune.selectors import Trait
-from graphprune.training import Session, added, check_count, course, refuse_former
+from graphprune.training import Session, added, check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,6 +79,7 @@ class SlimPruner(Pruner):
         **options: Unpack[Options],
     ) -> None:
         who = type(self).__name__
+        refuse_evaluator(who, trainer)
         refuse_former(who, options, _FORMER)
         if options.get("mode") == "normal":
             what = f"{who} has no mode 'normal': a batch norm's scale belongs to all layers that are coupled through it"
