@@ -54,6 +54,7 @@ from graphprune.pruners import (
 )
 from graphprune.pruning import prune
 from graphprune.recipes import Recipe, load, save
+from graphprune.reconstruction import Reconstruction, ReconstructionReport, reconstruct
 from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
 from graphprune.search.amc import AMCPruner
 from graphprune.search.annealing import SimulatedAnnealingPruner
@@ -115,6 +116,8 @@ __all__ = [
     "Pruner",
     "Random",
     "Recipe",
+    "Reconstruction",
+    "ReconstructionReport",
     "SearchResult",
     "Sensitivity",
     "SensitivityPruner",
@@ -138,6 +141,7 @@ __all__ = [
     "measure_latency",
     "prune",
     "recalibrate",
+    "reconstruct",
     "run_study",
     "save",
     "sensitivity",

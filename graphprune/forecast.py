@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from graphprune.cost import Cost, count
+from graphprune.data import generators_kept
 from graphprune.ops.registry import Value, named_arguments
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Forecast:
     @cached_property
     def dense(self) -> Cost:
         """The cost of the whole model."""
-        return count(self.model, self.graph.engine.program.inputs)
+        with generators_kept():  # whoever asks for costs first must not decide about anybody's random numbers
+            return count(self.model, self.graph.engine.program.inputs)
 
     @cached_property
     def _rest(self) -> Cost:

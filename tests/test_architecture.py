@@ -26,7 +26,7 @@ LAYERS = (
         *("masks", "elements", "criteria", "scoring", "budgets", "calibration", "cost", "forecast"),
         *("data", "rehearsal", "observing", "distributed", "training", "pruners"),
     },
-    {"surgery", "verification", "lockstep", "references", "recipes"},
+    {"surgery", "verification", "lockstep", "references", "recipes", "reconstruction"},
     {"export", "latency", "pruning"},
     {"schedules", "search", "runs", "showing"},
     {"report", "compat", "cli", "demo", "__init__", "__main__"},

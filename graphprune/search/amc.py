@@ -7,7 +7,7 @@ at the end:               shrink, evaluate ──▶ the score is the reward of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import floor, prod
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.cost import Cost
+    from graphprune.data import Source
     from graphprune.pruners.base import Options
+    from graphprune.reconstruction import Reconstruction
 
 _KIND = "amc"
 FEATURES = ("index", "channels", "elements", "params", "macs", "reduced", "rest", "before")
@@ -174,7 +176,8 @@ class AMCPruner(SearchPruner):
     Differs from the pruner of the seeds in that the state is that of the group to come, the replay memory holds a hundred episodes (not a
     hundred steps), all config entries count, and no group needs a limit of its own: actions are clipped to what leaves the budget within
     reach of the later groups, and to what leaves nothing to do for them, so that every episode ends on the budget. Models are shrunk once
-    per episode; widths that were evaluated before are not evaluated again. Weights are not reconstructed by least squares.
+    per episode; widths that were evaluated before are not evaluated again. Weights are reconstructed by least squares, as by the paper's
+    authors, where `reconstruct` is given.
 
     Args:
         total_episode: how many episodes there are in all.
@@ -183,6 +186,7 @@ class AMCPruner(SearchPruner):
             together; with `budget=` (see `Pruner`), entries say only which layers lose channels.
         evaluator: from a shrunk model to a number, the reward of the episode.
         base_algo: the criterion that says which channels go first.
+        former: none; what comes here in NNI is refused by name.
 
     Keyword Args:
         example_inputs: what the model is run on to find its groups.
@@ -192,6 +196,8 @@ class AMCPruner(SearchPruner):
         folder: where the run is kept, episode by episode; one that was interrupted goes on there, with the same result.
         progress: show a bar with scores, sparsity and time left.
         finetune: trains the shrunk copy in place before it is evaluated.
+        reconstruct: batches, or a `graphprune.Reconstruction` with its options, to fit the weights that are left with before a model is
+            evaluated; the model that `compress` returns has such weights too.
         physical: evaluate shrunk models; else masked ones.
         max_sparsity: the largest share of its channels that a group may lose.
         options: as of `Pruner`.
@@ -214,7 +220,7 @@ class AMCPruner(SearchPruner):
         config_list: Sequence[Mapping[str, Any]],
         evaluator: Callable[[nn.Module], float],
         base_algo: str | Criterion = "l1",
-        *,
+        *former: object,
         example_inputs: object = None,
         ddpg_params: Mapping[str, Any] | None = None,
         optimize_mode: Mode = "maximize",
@@ -222,15 +228,17 @@ class AMCPruner(SearchPruner):
         folder: str | os.PathLike[str] | None = None,
         progress: bool = False,
         finetune: Callable[[nn.Module], object] | None = None,
+        reconstruct: Reconstruction | Iterable[Any] | Source | None = None,
         physical: bool = True,
         max_sparsity: float = 0.95,
         **options: Unpack[Options],
     ) -> None:
-        refuse_former(type(self).__name__, options, _FORMER)
+        refuse_former(type(self).__name__, options, _FORMER, former, ("log_dir",))
         self.total = check_count(total_episode, "total_episode", 1)
         how = DDPG.of(ddpg_params)
         self.how = how if how.warm_up is not None else replace(how, warm_up=max(self.total // 8, 1))
         limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, **options}
+        limits["reconstruct"] = reconstruct
         super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits)
         self.require(self.objective.constraints)
         self.course = Course(self.objective)

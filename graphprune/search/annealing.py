@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
+    from graphprune.data import Source
     from graphprune.pruners.base import Options
+    from graphprune.reconstruction import Reconstruction
 
 HOT, COLD = 4.0, 0.04  # temperatures in units of the spread: a median loss is accepted with probability 0.78 at first, 1e-11 at last
 _LEAPS = 0.2  # share of the candidates that may be anywhere: small steps alone end in what is best nearby
@@ -43,6 +45,7 @@ _FORMER = {
     "speedup": "nothing: candidates are shrunk before they are evaluated unless physical=False",
     "keep_intermediate_result": "folder=, which keeps every trial",
 }
+_IN_ORDER = ("pruning_algorithm", "pruning_params", "log_dir", "keep_intermediate_result", "speedup")
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class SimulatedAnnealingPruner(SearchPruner):
         stop_temperature: when to end.
         cool_down_rate: what the temperature is multiplied with after every candidate.
         perturbation_magnitude: the largest change of one group's sparsity at the start; it shrinks with the temperature.
+        former: none; what comes here in NNI is refused by name.
 
     Keyword Args:
         example_inputs: what the model is run on to find its groups.
@@ -214,6 +218,7 @@ class SimulatedAnnealingPruner(SearchPruner):
         folder: where the run is kept; one that was interrupted goes on there, with the same result as an uninterrupted one.
         progress: show a bar with scores, sparsity and time left.
         finetune: trains the shrunk copy in place before it is evaluated.
+        reconstruct: batches, or a `graphprune.Reconstruction`: candidates are fitted by least squares before they are shrunk.
         physical: evaluate shrunk models; else masked ones.
         max_sparsity: the largest share of its channels that a group may lose.
         options: as of `Pruner`.
@@ -239,7 +244,7 @@ class SimulatedAnnealingPruner(SearchPruner):
         stop_temperature: float = 20.0,
         cool_down_rate: float = 0.9,
         perturbation_magnitude: float = 0.35,
-        *,
+        *former: object,
         example_inputs: object = None,
         optimize_mode: Mode = "maximize",
         base_algo: str | Criterion = "l1",
@@ -248,17 +253,18 @@ class SimulatedAnnealingPruner(SearchPruner):
         folder: str | os.PathLike[str] | None = None,
         progress: bool = False,
         finetune: Callable[[nn.Module], object] | None = None,
+        reconstruct: Reconstruction | Iterable[Any] | Source | None = None,
         physical: bool = True,
         max_sparsity: float = 0.95,
         **options: Unpack[Options],
     ) -> None:
-        refuse_former(type(self).__name__, options, _FORMER)
+        refuse_former(type(self).__name__, options, _FORMER, former, _IN_ORDER)
         cooling = Cooling(start_temperature, stop_temperature, cool_down_rate)
         if trials is not None:
             steps = check_count(trials, "trials", 2) - 1
             cooling = Cooling(start_temperature, stop_temperature, (stop_temperature / start_temperature) ** (1 / steps))
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, **options}
-        super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits)
+        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, "reconstruct": reconstruct}
+        super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits, **options)
         self.require(self.objective.constraints)
         even = dict.fromkeys(self.objective.groups, 0.5)
         space = (even, self.objective.most, self.objective.project)

@@ -23,6 +23,7 @@ from graphprune.forecast import Forecast
 from graphprune.masks import Masks
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests
+from graphprune.reconstruction import Reconstruction
 from graphprune.runs import digest
 from graphprune.search.bench import finite
 from graphprune.surgery.speedup import speedup
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from typing_extensions import Unpack
+
+    from graphprune.data import Source
 
 Sparsities: TypeAlias = Mapping[str, float]
 """Group name -> share of its channels that goes, in [0, 1); groups left out are whole."""
@@ -100,6 +103,8 @@ class Objective:
         finetune: trains the shrunk copy in place, before it is evaluated.
         data: batches for criteria that look at data, see `graphprune.prune`.
         loss: of the data, likewise.
+        reconstruct: batches, or a `graphprune.Reconstruction` with its options: layers that read channels that go are fitted to what they
+            computed before, by least squares, before a model is shrunk (see `graphprune.reconstruct`). It takes time with every trial.
         physical: evaluate shrunk models; else masked ones, of the original shapes, masked again after fine-tuning.
         max_sparsity: the largest share of its channels that a group may lose, in [0, 1); entries may say less.
         options: as of `Pruner`.
@@ -128,6 +133,7 @@ class Objective:
         finetune: Callable[[nn.Module], object] | None = None,
         data: Iterable[Any] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
+        reconstruct: Reconstruction | Iterable[Any] | Source | None = None,
         physical: bool = True,
         max_sparsity: float = 0.95,
         **options: Unpack[Options],
@@ -146,6 +152,7 @@ class Objective:
         self.pruner = Pruner(model, entries, chosen, example_inputs, **cast("Options", {**options, "budget": somewhere}))
         self.model, self.graph, self.budget = model, self.pruner.graph, budget
         self.evaluator, self.finetune, self.physical = evaluator, finetune, physical
+        self.reconstruct = None if reconstruct is None else Reconstruction.of(reconstruct)
         scored = self.pruner.scored()
         self.scores = scored.groups
         found = requests(self.graph, self.pruner.config, self.pruner.cut, self.pruner.selectable, together=True)
@@ -272,8 +279,13 @@ class Objective:
         """
         masks = self.masks(sparsities)
         if not self.physical:
-            return masks.masked(self.model)
-        return speedup(self.model, masks, verify=False, result="module" if self.pruner.keep_class else "auto")[0]
+            return self.masked(masks)
+        full = self.model if self.reconstruct is None else self.masked(masks)
+        return speedup(full, masks, verify=False, result="module" if self.pruner.keep_class else "auto")[0]
+
+    def masked(self, masks: Masks) -> nn.Module:
+        """Returns a copy of the model with what masks remove zeroed, and with its layers reconstructed where that is asked for."""
+        return masks.masked(self.model) if self.reconstruct is None else self.reconstruct(self.model, masks)[0]
 
     def __call__(self, sparsities: Sparsities, number: int = 0) -> Trial:
         """Returns the trial of these sparsities, as they are: `project` brings them onto the budget.
@@ -297,4 +309,5 @@ class Objective:
         targets = [[c.words, c.target] for c in self.constraints]
         criterion = type(self.pruner.criterion).__name__
         weights = digest(dict(self.model.state_dict()))
-        return {"graph": self.graph.fingerprint, "weights": weights, "constraints": targets, "most": self.most, "criterion": criterion}
+        known = {"graph": self.graph.fingerprint, "weights": weights, "constraints": targets, "most": self.most, "criterion": criterion}
+        return known if self.reconstruct is None else {**known, "reconstruct": self.reconstruct.settings()}

@@ -55,6 +55,10 @@ class SearchPruner(ABC):
     ) -> None:
         if optimize_mode not in get_args(Mode):
             raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
+        given: object = evaluator  # None for a search that is over, or that only allocates
+        if given is not None and not callable(given):
+            what = f"evaluator of {type(self).__name__} is a {type(given).__name__}"
+            raise ConfigError(what, "Pass a function from a model to its score; finetune= says how to train")
         scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
         self.model, self.mode = model, optimize_mode
         self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **options)
@@ -84,9 +88,9 @@ class SearchPruner(ABC):
         return self.search().last
 
     def compress(self) -> tuple[nn.Module, Masks]:
-        """Returns (a copy of the model with what the best trial removes zeroed, the masks)."""
+        """Returns (a copy of the model with what the best trial removes zeroed, and reconstructed where that is asked for; the masks)."""
         masks = self.objective.masks(self.best.sparsities)
-        return masks.masked(self.model), masks
+        return self.objective.masked(masks), masks
 
     def get_best_result(self) -> tuple[int, nn.Module, Masks, float, list[dict[str, Any]]]:
         """Returns of the best trial: its number, the masked copy, the masks, the score, and a config list that says the same.

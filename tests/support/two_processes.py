@@ -42,7 +42,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def statistics(share: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Returns every statistic that there is, by name, of some of the data."""
+    """Returns every statistic that there is, by name, of some of the data, and what a reconstruction by it comes to."""
     network = model()
     graph = gp.trace(network, batches()[0][0])
     data = Loader(share, F.cross_entropy)
@@ -55,6 +55,10 @@ def statistics(share: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     out |= {f"joint {n}": t for n, t in observe_joint(network, {g.name: g.producers for g in graph.groups}, data).items()}
     flat = [(x[:, :1, 0, :4].flatten(0, 1), torch.zeros(())) for x, _ in share]
     out |= {f"curvature {n}": t for n, t in observe_curvature(diagonal(), ["w"], Loader(flat, lambda o, _: o.sum())).items()}
+    masks = gp.Masks(graph, {graph.groups[0].name: np.arange(6) % 2 == 0})
+    fitted, report = gp.reconstruct(network, masks, data)
+    out |= {f"reconstructed {n}": fitted.get_parameter(n).detach() for n in ("fc.weight", "fc.bias")}
+    out["points"] = torch.tensor([each.points for each in report.layers])
     for criterion in (APoZ(), Taylor()):
         scores = score_groups(network, graph, criterion, source=data).groups
         out |= {f"{type(criterion).__name__} {n}": torch.from_numpy(s) for n, s in scores.items()}
