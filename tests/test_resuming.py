@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.schedules import LinearPruner
+from graphprune.schedules import AGPPruner, LinearPruner
 
 _SCRIPT = """
 import os, random, signal, sys, time, warnings
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from graphprune.schedules import AGPPruner, LotteryTicketPruner
 
 torch.set_num_threads(1)
-KIND, FOLDER, KILLS = sys.argv[1], Path(sys.argv[2]), 10
+KIND, FOLDER, KILLS = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 
 def pruner(folder):
     torch.manual_seed(0)
@@ -91,14 +91,29 @@ print(kills, len(plain[0]), whole["number"])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
-@pytest.mark.parametrize("kind", ["agp", "agp physical", "lottery"])
-def test_killed_runs_end_like_uninterrupted_ones(kind: str, tmp_path: Path) -> None:
-    """After ten SIGKILLs at random moments weights, masks, scores and the best round are bit-identical to an uninterrupted run's."""
-    command = [sys.executable, "-c", _SCRIPT, kind, str(tmp_path)]
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
+
+
+def killed(kind: str, folder: Path, kills: int) -> None:
+    """Kills a run so many times, and compares what the last process left with an uninterrupted run."""
+    command = [sys.executable, "-c", _SCRIPT, kind, str(folder), str(kills)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)  # noqa: S603 (ourselves)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("10 ")
+    assert done.stdout.startswith(f"{kills} ")
+
+
+@FORKS
+def test_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    """After three SIGKILLs weights, masks, scores and the best round are bit-identical to an uninterrupted run's."""
+    killed("agp physical", tmp_path, 3)
+
+
+@FORKS
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["agp", "agp physical", "lottery"])
+def test_runs_killed_at_ten_moments_end_like_uninterrupted_ones(kind: str, tmp_path: Path) -> None:
+    """So they are after ten at random moments, with masks, with channels removed, and with rewound weights."""
+    killed(kind, tmp_path, 10)
 
 
 def test_a_folder_of_another_run_is_refused_and_a_finished_one_is_read(tmp_path: Path) -> None:
@@ -129,3 +144,72 @@ def test_a_folder_of_another_run_is_refused_and_a_finished_one_is_read(tmp_path:
     other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(gp.FileError, match="other settings: model was"):
         pruner(other, speedup=True).compress()
+
+
+class _Counting(nn.Module):
+    """Scales by how often it was called in training, which no state dict says, and by a number that only its extra state holds."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+        self.drift = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the scaled input."""
+        if self.training:
+            self.calls.add_(1)
+            self.drift += 0.01
+        return x * (1 + 0.01 * self.calls) * self.drift
+
+    def get_extra_state(self) -> dict[str, float]:
+        """Returns the number."""
+        return {"drift": self.drift}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Takes it over."""
+        self.drift = state["drift"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_what_no_state_dict_holds_is_kept(optimizer: str, tmp_path: Path) -> None:
+    """Buffers that are not persistent, extra states and LBFGS's history are as they were; other learning rates are refused."""
+    x, y = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+    rounds: list[int] = []
+
+    def pruner(folder: Path | None, stop: int = 99, rate: float = 0.1) -> AGPPruner:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), _Counting(), nn.ReLU(), nn.Linear(8, 2))
+        kinds: dict[str, Any] = {"adam": torch.optim.Adam, "lbfgs": torch.optim.LBFGS}
+        rounds.clear()
+
+        def train(now: nn.Module, own: Any, criterion: Any) -> None:
+            rounds.append(len(rounds))
+            if len(rounds) > stop:
+                raise KeyboardInterrupt
+
+            def closure() -> torch.Tensor:
+                own.zero_grad()
+                loss: torch.Tensor = criterion(now(x), y)
+                loss.backward()
+                return loss
+
+            own.step(closure)
+
+        own = kinds[optimizer](model.parameters(), lr=rate)
+        options: dict[str, Any] = {"trainer": train, "optimizer": own, "criterion": nn.functional.cross_entropy, "folder": folder}
+        return AGPPruner(model, [{"sparsity": 0.5, "op_types": ["Linear"]}], "level", 4, **options)
+
+    whole, masks = pruner(None).compress()
+    with pytest.raises(KeyboardInterrupt):
+        pruner(tmp_path, stop=2).compress()
+    with pytest.raises(gp.FileError, match="other settings: optimizer was"):
+        pruner(tmp_path, rate=0.2).compress()
+    again, masks_again = pruner(tmp_path).compress()
+    assert len(rounds) == 2
+    assert all(torch.equal(torch.as_tensor(masks[name]), torch.as_tensor(masks_again[name])) for name in masks)
+    for name, value in whole.state_dict().items():
+        found = again.state_dict()[name]
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+    assert torch.equal(again.get_buffer("1.calls"), whole.get_buffer("1.calls"))

@@ -2,10 +2,9 @@
 
 from graphprune.schedules.functions import AGP, Constant, Exponential, Joined, Linear, Schedule, agp
 from graphprune.schedules.gradual import AGPPruner
-from graphprune.schedules.history import History, Round
+from graphprune.schedules.history import History, Movement, Movements, Round
 from graphprune.schedules.lottery import LotteryTicketPruner
 from graphprune.schedules.movement import MovementPruner
-from graphprune.schedules.moving import Movement
 from graphprune.schedules.optimizers import slice_average, slice_optimizer
 from graphprune.schedules.rounds import LinearPruner, RoundsPruner
 from graphprune.schedules.state import Outcome
@@ -22,6 +21,7 @@ __all__ = [
     "LotteryTicketPruner",
     "Movement",
     "MovementPruner",
+    "Movements",
     "Outcome",
     "Round",
     "RoundsPruner",

@@ -158,13 +158,13 @@ def masks_of(pruner: OneShot) -> tuple[nn.Module, Masks | ElementMasks]:
     Channels without a weight left count as gone for FPGM, too: no other channel is near to them.
     """
     if isinstance(pruner, Pruner) and isinstance(pruner.criterion, FPGM):
-        pruner.criterion = _FPGMOfKept()
+        pruner.criterion = FPGMOfKept()
     _, masks = pruner.compress()
     return pruner.model, masks
 
 
 @dataclass(frozen=True)
-class _FPGMOfKept(FPGM):
+class FPGMOfKept(FPGM):
     """FPGM among the channels that have a weight left; the others score 0."""
 
     def __call__(self, part: Part) -> torch.Tensor:

@@ -33,6 +33,7 @@ class LotteryTicketPruner(RoundsPruner):
 
     Args:
         model: as initialised, left as it is. See `RoundsPruner` for the arguments that are not listed here.
+        former: none; what comes here in NNI, reset_weight, is refused by name.
         rewind: what goes back in every round: "weights", "learning rate" or "nothing".
         checkpoint: a state dict to rewind the weights to, of the model's names and shapes; by default the model as it was given.
         rewind_epoch: k, rewind to what round 0 had after k epochs of its training (late rewinding, Frankle et al., Stabilizing the Lottery
@@ -56,14 +57,14 @@ class LotteryTicketPruner(RoundsPruner):
         evaluator: Callable[[nn.Module], float] | None = None,
         speedup: bool = False,  # noqa: FBT001, FBT002 (the call shape of NNI)
         pruning_params: Mapping[str, Any] | None = None,
-        *,
+        *former: object,
         rewind: Rewind = "weights",
         checkpoint: Mapping[str, Tensor] | None = None,
         rewind_epoch: int = 0,
         **options: Any,
     ) -> None:
         who = type(self).__name__
-        if "reset_weight" in options:
+        if "reset_weight" in options or former or isinstance(pruning_params, bool):
             raise ConfigError(f"{who} has no argument reset_weight=", "Write rewind='weights', or rewind='nothing' for reset_weight=False")
         if rewind not in get_args(Rewind):
             raise ConfigError(f"rewind is {rewind!r}", f"Use one of {', '.join(map(repr, get_args(Rewind)))}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -13,11 +17,15 @@ from torch.optim import Optimizer
 
 from graphprune.budgets import Plan
 from graphprune.data import source
+from graphprune.distributed import processes
 from graphprune.errors import ConfigError, nearest
+from graphprune.masks import tensors_of
 from graphprune.pruners.base import Options
-from graphprune.schedules.moving import Movement, Moving
+from graphprune.runs import Run, digest
+from graphprune.schedules.history import Movement, Movements, bar
+from graphprune.schedules.moving import Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
-from graphprune.training import check_count, course, refuse_former
+from graphprune.training import check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,10 +36,10 @@ if TYPE_CHECKING:
 
 MovementMode: TypeAlias = Literal["hard", "soft"]
 _KINDS = ("finegrained", "rows", "channels", "auto")
+_KIND = "movement"
 _SCORE_LR = 1e-2
 _FORMER = {
     "training_steps": "training_epochs=, the number of calls of the trainer",
-    "evaluator": "trainer=, optimizer= and criterion=, or data= and loss=",
     "warmup_step": "warm_up_step=",
     "cooldown_begin_step": "cool_down_beginning_step=",
     "dummy_input": "example_inputs=",
@@ -77,13 +85,19 @@ class MovementPruner:
         loss: of the data: from output and target to one number.
         score_optimizer: from the scores to the optimizer that trains them; by default Adam with a learning rate of 0.01.
         example_inputs: of "channels", what to trace the model with; without them the first batch of the training is taken.
+        evaluator: from the masked model to its score, higher = better, asked behind every epoch.
+        folder: every epoch is saved here, atomically: the copy, scores, masks and what both optimizers remember. The same call goes on from
+            there, with the random numbers of then (of the global generators: seed your own by what they are for), and ends as one that was
+            never interrupted. What the trainer keeps by itself is not saved; in a parameter group of the optimizer it is. In the end the
+            history is written here, as CSV and, by matplotlib, as a plot.
+        progress: show a bar with score, sparsity and time left.
         options: of "channels": mode, rounding, round_to, cut and graph as of `Pruner`.
 
     Attributes:
         model: after `masks` or `compress` the trained copy, not masked, with the training flags of the model that was given.
         scores: after training, name of a weight (of "channels", of a group) -> its scores.
         achieved: after training, the same names -> the share of their scores whose weights went.
-        history: one `Movement` per epoch.
+        history: one `Movement` per epoch, as a table, CSV or plot.
 
     Raises:
         ConfigError: an argument is unusable or missing.
@@ -108,9 +122,13 @@ class MovementPruner:
         loss: Any = None,
         score_optimizer: MakeOptimizer | None = None,
         example_inputs: object = None,
+        evaluator: Callable[[nn.Module], float] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = False,
         **options: Unpack[Options],
     ) -> None:
         who = type(self).__name__
+        refuse_evaluator(who, trainer)
         refuse_former(who, options, _FORMER)
         self.warm_up_step = check_count(warm_up_step, "warm_up_step", 0)
         self.cool_down_beginning_step = check_count(cool_down_beginning_step, "cool_down_beginning_step", self.warm_up_step + 1)
@@ -134,10 +152,21 @@ class MovementPruner:
         if movement_mode == "soft" and any("total_sparsity" in entry for entry in config_list):
             what = f"the config list of {who} has a 'total_sparsity', but movement_mode 'soft' compares every score with a threshold"
             raise ConfigError(what, "Write the threshold as 'sparsity', such as 0.1, or movement_mode='hard'")
+        if evaluator is not None and not callable(evaluator):
+            what = f"evaluator of {who} is a {type(evaluator).__name__}"
+            raise ConfigError(
+                what, "Pass a function from a model to its score; what trains is given as trainer= and optimizer=, or data= and loss="
+            )
+        if folder is not None and processes() > 1:
+            what = f"{who} has a folder, and {processes()} processes train, whose random numbers it does not keep"
+            raise ConfigError(what, "Leave folder= out")
+        self.evaluator, self.folder, self.progress = evaluator, folder, progress
         self.model = model
         self.scores: dict[str, Tensor] = {}
         self.achieved: dict[str, float] = {}
-        self.history: tuple[Movement, ...] = ()
+        self.history = Movements((), who)
+        self._config_list = config_list
+        self._kind = kind
         self._masks: Masks | ElementMasks | None = None
 
     @property
@@ -156,26 +185,65 @@ class MovementPruner:
         return masks.masked(self.model), masks
 
     def masks(self) -> Masks | ElementMasks:
-        """Returns the masks of the cool-down; trains on the first call.
+        """Returns the masks of the cool-down; trains on the first call, or the epochs that are missing in the folder.
 
         Raises:
-            ConfigError: the optimizer does not hold what is masked, the trainer never steps it, training ends before the cool-down, or a
-                masked weight takes no part in the loss.
+            ConfigError: the optimizer does not hold what is masked, the trainer never steps it, training ends before the cool-down, a
+                masked weight takes no part in the loss, or something that training depends on cannot be kept in the folder.
+            FileError: the folder holds a run with other settings, or cannot be written.
             InputError: weights or scores are no longer finite.
         """
         if self._masks is None:
-            moving, history = Moving(self.model, self), []
-            with moving.masked():
-                for epoch in range(1, self.training_epochs + 1):
-                    moving.session.epochs(1)
-                    history.append(moving.record(epoch))
-                    self._check_length(history[-1])
+            moving = Moving(self.model, self)
+            self._train(moving)
             moving.check_reached()
-            self.history = tuple(history)
             self.scores = {name: score.detach() for name, score in moving.scores.items()}
             self.achieved = {name: 1.0 - float(flags.double().mean()) for name, flags in moving.kept.items()}
             self.model, self._masks = moving.session.model, self.scored.masks(moving.kept)
+            self._write_history()
         return self._masks
+
+    def _train(self, moving: Moving) -> None:
+        """Trains the epochs that are missing, and saves each."""
+        run = Run(None, _KIND, {}) if self.folder is None else Run(self.folder, _KIND, self._settings(moving))
+        saved, done = run.load(), list[Movement]()
+        if saved is not None:
+            moving.restore(saved)
+            done = [Movement(**record) for record in saved.state["epochs"]]
+        self.history = Movements(done, type(self).__name__)
+        with moving.masked(), bar(type(self).__name__, self.training_epochs, len(done), shown=self.progress) as shows:
+            for epoch in range(1 + len(done), self.training_epochs + 1):
+                record = moving.epoch(epoch)
+                self._check_length(record)
+                done.append(record)
+                self.history = Movements(done, type(self).__name__)
+                if run.path is not None:
+                    state, tensors = moving.saved()
+                    run.save({**state, "epochs": [asdict(each) for each in done]}, tensors)
+                shows(record)
+
+    def _settings(self, moving: Moving) -> dict[str, Any]:
+        """Returns what the result depends on, as plain values."""
+        return {
+            "pruner": type(self).__name__,
+            "entries": [dict(entry) for entry in self._config_list],
+            "warm_up_step": self.warm_up_step,
+            "cool_down_beginning_step": self.cool_down_beginning_step,
+            "training_epochs": self.training_epochs,
+            "regular_scale": self.regular_scale,
+            "movement_mode": self.movement_mode,
+            "sparse_granularity": self._kind,
+            **self.scored.settings,
+            **moving.settings(),
+            "model": digest(tensors_of(self.model, {})),
+        }
+
+    def _write_history(self) -> None:
+        """Writes the history into the folder, if there is one."""
+        if self.folder is not None:
+            self.history.to_csv(Path(self.folder) / f"{_KIND}.csv")
+            if find_spec("matplotlib") is not None:
+                self.history.plot(Path(self.folder) / f"{_KIND}.png")
 
     def _check_length(self, record: Movement) -> None:
         """Warns behind the first epoch, and raises behind the last, where training does not reach the cool-down."""
@@ -189,7 +257,7 @@ class MovementPruner:
         warnings.warn(
             f"the first of {self.training_epochs} epochs of {type(self).__name__} took {record.steps} steps, {begins}: with epochs of this "
             "length, training ends before that. Lower it, or raise training_epochs.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -1,10 +1,15 @@
-"""A model in training with masked weights, whose masks learn from the gradients that pass straight through them."""
+"""A model in training with masked weights, whose masks learn from the gradients that pass straight through them.
+
+Behind an epoch all that the next one depends on is known by name: the copy's tensors, scores and masks, what both optimizers remember, and
+how many steps there were. `saved` says it, `restore` puts it back, so that training goes on bit by bit as if it had never ended.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,27 +18,14 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from graphprune.errors import ConfigError, InputError
+from graphprune.runs import Saved, digest
+from graphprune.schedules.history import Movement
+from graphprune.schedules.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of
+from graphprune.schedules.tensors import Kept
 from graphprune.training import Session
 
 if TYPE_CHECKING:
     from graphprune.schedules.movement import MovementPruner
-
-
-@dataclass(frozen=True)
-class Movement:
-    """Where movement pruning stood behind an epoch.
-
-    Attributes:
-        epoch: counted from 1.
-        steps: how many steps the optimizer had taken.
-        stage: how far the schedule had come, from 0 (nothing masked) to 1 (all that is asked for).
-        sparsity: the share of all scores whose weights were masked.
-    """
-
-    epoch: int
-    steps: int
-    stage: float
-    sparsity: float
 
 
 class _Mask(nn.Module):
@@ -78,16 +70,23 @@ class Moving:
         kind = torch.float64 if some.dtype == torch.float64 else torch.float32
         self.scores = {name: nn.Parameter(some.new_zeros(shape, dtype=kind)) for name, shape in self._scored.shapes.items()}
         self.kept = {name: torch.ones_like(score, dtype=torch.bool) for name, score in self.scores.items()}
-        self._trainer: object = pruner.score_optimizer(list(self.scores.values()))
-        if not isinstance(self._trainer, Optimizer):
-            what = f"the score_optimizer of {self._who} returned a {type(self._trainer).__name__}"
+        trainer: object = pruner.score_optimizer(list(self.scores.values()))
+        if not isinstance(trainer, Optimizer):
+            what = f"the score_optimizer of {self._who} returned a {type(trainer).__name__}"
             raise ConfigError(what, "Pass a function from parameters to a torch.optim.Optimizer")
+        self._trainer = trainer
         self._gradients: dict[str, Tensor] | None = None
         self._reached: set[str] = set()
         self._owned: dict[str, Tensor] = {}
+        self._modules = {"model": Kept(self.session.model, "model/")}
+        if isinstance(self.session.criterion, nn.Module):
+            self._modules["criterion"] = Kept(self.session.criterion, "criterion/")
         optimizer = self.session.optimizer
+        held = {id(p) for kept in self._modules.values() for p in kept.parameters.values()}
+        self._others = [p for p in parameters_of(optimizer) if id(p) not in held]  # that the user's optimizer trains besides
         if not isinstance(optimizer, torch.optim.LBFGS):  # which remembers how many numbers it optimizes
             optimizer.param_groups[0]["params"].extend(self._leaves.values())
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -108,19 +107,84 @@ class Moving:
                 for name in names:
                     found[name] = found.pop(name)
 
-    def record(self, epoch: int) -> Movement:
-        """Returns where training stands.
+    def epoch(self, number: int) -> Movement:
+        """Trains for one epoch and returns where training stands.
 
         Raises:
-            InputError: scores are no longer finite.
+            ConfigError: the trainer never steps its optimizer, or the evaluator returns no finite number.
+            InputError: weights or scores are no longer finite.
         """
+        start = time.perf_counter()
+        self.session.epochs(1)
+        for leaf in self._leaves.values():
+            leaf.grad = None  # as all gradients of the model
         for name, score in self.scores.items():
             if not bool(score.isfinite().all()):
                 what = f"the training of {self._who} diverged: the scores of {name!r} are not finite after {self.session.steps} steps"
                 raise InputError(what, "Lower the learning rate of the model or of score_optimizer")
         total = sum(flags.numel() for flags in self.kept.values())
         gone = total - sum(int(flags.sum()) for flags in self.kept.values())
-        return Movement(epoch, self.session.steps, self._pruner.stage(self.session.steps), gone / total)
+        stage, said = self._pruner.stage(self.session.steps), self._score()
+        return Movement(number, self.session.steps, stage, gone / total, said, time.perf_counter() - start)
+
+    def _score(self) -> float | None:
+        """Returns what the evaluator says of the masked model; every module has the training flag of before afterwards."""
+        if self._pruner.evaluator is None:
+            return None
+        flags = [(module, module.training) for module in self.session.model.modules()]
+        try:
+            return checked_score(self._pruner.evaluator(self.session.model), self._who)
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for parameter in (*self.session.model.parameters(), *self._leaves.values()):
+                parameter.grad = None
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what both optimizers begin with, as plain values."""
+        both = {"optimizer": self.session.optimizer, "score_optimizer": self._trainer}
+        begun = {f"{name}_state": digest(packed_optimizer(optimizer, "")[1]) for name, optimizer in both.items()}
+        return {**{name: settings_of(optimizer) for name, optimizer in both.items()}, **begun}
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Returns where training stands behind an epoch, as plain values and tensors.
+
+        Raises:
+            ConfigError: an optimizer or a module holds what cannot be kept.
+        """
+        if [len(group["params"]) for group in self.session.optimizer.param_groups] != self._sizes:
+            what = f"the trainer of {self._who} added parameters to the optimizer, and which they are cannot be kept in a folder"
+            raise ConfigError(what, "Give all parameters to the optimizer from the beginning, or leave folder= out")
+        optimizer, tensors = packed_optimizer(self.session.optimizer, "optimizer/")
+        trainer, own = packed_optimizer(self._trainer, "score_optimizer/")
+        tensors |= own
+        modules = {}
+        for name, kept in self._modules.items():
+            modules[name], own = kept.saved()
+            tensors |= own
+        tensors |= {f"other/{index}": tensor for index, tensor in enumerate(self._others)}
+        for name, score in self.scores.items():
+            tensors |= {f"score/{name}": score, f"kept/{name}": self.kept[name]}
+        plain = {"optimizer": optimizer, "score_optimizer": trainer, "modules": modules}
+        return {**plain, "steps": self.session.steps, "reached": sorted(self._reached)}, tensors
+
+    def restore(self, saved: Saved) -> None:
+        """Puts a training that has not begun where the saved one stood."""
+        found, plain = saved.tensors, saved.state
+        for name, kept in self._modules.items():
+            kept.restore(plain["modules"][name], found)
+        with torch.no_grad():
+            for index, tensor in enumerate(self._others):
+                tensor.copy_(found[f"other/{index}"])
+            for name, score in self.scores.items():
+                score.copy_(found[f"score/{name}"])
+                self.kept[name] = found[f"kept/{name}"].to(score.device)
+            self._scored.spread(self.kept, self._leaves)
+        restore_optimizer(self.session.optimizer, plain["optimizer"], found)
+        restore_optimizer(self._trainer, plain["score_optimizer"], found)
+        self.session.steps, self._reached = plain["steps"], set(plain["reached"])
+        if self.session.steps >= self._pruner.cool_down_beginning_step:
+            self._owned = self._scored.owned(self._scored.masks(self.kept))
 
     def check_reached(self) -> None:
         """Raises where nothing is known of a weight.
@@ -180,7 +244,6 @@ class Moving:
                 sigma = score.sigmoid()
                 slope = strength / score.numel() * sigma * (1 - sigma)
                 score.grad = slope if score.grad is None else score.grad + slope
-        assert isinstance(self._trainer, Optimizer)  # noqa: S101 (checked when it was made)
         self._trainer.step()
 
     def _mask(self, stage: float) -> None:
@@ -206,6 +269,21 @@ def _holders(model: nn.Module, weights: Mapping[str, nn.Parameter], who: str) ->
                     raise ConfigError(what, "Exclude the layer in the config list")
                 found.append((module, attribute, names[id(parameter)]))
     return found
+
+
+def checked_score(value: object, who: str) -> float:
+    """Returns what an evaluator gave, as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        score = float(value)  # type: ignore[arg-type]  # whatever a user's function returns
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the evaluator of {who} returned a {type(value).__name__}", "Return a number, higher = better") from error
+    if math.isnan(score):
+        raise ConfigError(f"the evaluator of {who} returned NaN", "Return a number, higher = better")
+    return score
 
 
 def _no_penalty(_: Mapping[str, Tensor]) -> Tensor:

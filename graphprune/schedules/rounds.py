@@ -32,6 +32,7 @@ from graphprune.schedules.finetuning import Trainee, Wishes
 from graphprune.schedules.functions import Linear, Schedule
 from graphprune.schedules.history import History, Round, bar
 from graphprune.schedules.keeping import held, removed
+from graphprune.schedules.packing import settings_of
 from graphprune.schedules.state import Outcome, State
 from graphprune.training import Course, check_count
 
@@ -109,6 +110,9 @@ class RoundsPruner:
         progress: bool = False,
     ) -> None:
         who = type(self).__name__
+        if not isinstance(model, nn.Module):
+            what = f"{who} is given a {type(model).__name__} in place of a model"
+            raise ConfigError(what, f"Write {who}(model, config_list, pruning_algorithm, total_iteration), such as 'l1' and 10")
         self.model = model
         self.evaluator = evaluator
         self.speedup = speedup
@@ -116,7 +120,8 @@ class RoundsPruner:
         self.folder = log_dir if folder is None else folder
         self.keep = keep_intermediate_result
         if evaluator is not None and not callable(evaluator):
-            raise ConfigError(f"evaluator of {who} is a {type(evaluator).__name__}", "Pass a function from a model to its score")
+            what = f"evaluator of {who} is a {type(evaluator).__name__}"
+            raise ConfigError(what, "Pass a function from a model to its score; finetune=, or trainer= and optimizer=, say how to train")
         if self.keep and self.folder is None:
             raise ConfigError(f"{who} is to keep intermediate results, and has no folder", "Pass folder=")
         steps = 10 if total_iteration is None else check_count(total_iteration, "total_iteration", 1)
@@ -214,6 +219,7 @@ class RoundsPruner:
             "total_iteration": self.total,
             "speedup": self.speedup,
             "training_epochs": self.wishes.training_epochs,
+            "optimizer": settings_of(self.wishes.optimizer),
             "pruning_params": params,
             "model": digest(tensors),
         }

@@ -42,11 +42,13 @@ class Scored(Protocol):
         shapes: name -> shape of its scores.
         parameters: the weights that are masked.
         plan: what was asked of each group, for the report of `speedup`.
+        settings: what masks depend on besides the config list, as plain values.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     parameters: tuple[str, ...]
     plan: Plan
+    settings: Mapping[str, Any]
 
     def spread(self, kept: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         """Writes ones and zeros into the masks of weights (parameter -> tensor of its shape) in place."""
@@ -141,6 +143,7 @@ class Blocks:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: w.blocks for name, w in self._weights.items()}
         self.parameters = tuple(self._weights)
         self.plan = Plan()
+        self.settings: Mapping[str, Any] = {}
 
     def spread(self, kept: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         """Writes ones and zeros into the masks of weights in place."""
@@ -245,6 +248,8 @@ class Channels:
         ranked = {name for _, members in asked.entries.values() for name in members}
         requested = {name: amount for name, amount in asked.sparsity.items() if name not in ranked}
         self.plan = Plan(requested, {**asked.notes, **asked.whole})
+        how = {"mode": pruner.mode, "rounding": pruner.rounding, "round_to": pruner.round_to, "graph": self.graph.fingerprint}
+        self.settings: Mapping[str, Any] = {**how, "scores": {name: list(shape) for name, shape in self.shapes.items()}}
 
     def _deciding(self, group: Group) -> tuple[Slice, ...]:
         """Returns the slices that a group's scores mask, and learn from."""

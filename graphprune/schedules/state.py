@@ -17,11 +17,13 @@ from graphprune.recipes.record import composed
 from graphprune.schedules.finetuning import Snapshot, Trainee, packed, unpacked
 from graphprune.schedules.history import Round
 from graphprune.schedules.optimizers import slice_average
+from graphprune.schedules.packing import packed_optimizer, restore_optimizer
+from graphprune.schedules.tensors import Kept
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:
     from graphprune.graph import DependencyGraph
-    from graphprune.recipes.record import Kept
+    from graphprune.recipes.record import Kept as Positions
     from graphprune.runs import Saved
 
 
@@ -64,7 +66,7 @@ class State:
     checkpoint: dict[str, Tensor] | None = None
     snapshot: Snapshot | None = None
     chain: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    kept: Kept = field(default_factory=dict)
+    kept: Positions = field(default_factory=dict)
 
     def shrink(self, masks: Masks, kind: Any = "auto", *, verify: bool = True) -> None:
         """Removes channels from the model that is worked on; optimizer, checkpoint and snapshot follow.
@@ -90,16 +92,19 @@ class State:
 
     def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Returns everything as plain values and tensors, for `Run.save`."""
-        plain, tensors = packed("optimizer/", self.trainee.snapshot())
-        state: dict[str, Any] = {"rounds": [asdict(r) for r in self.rounds], "optimizer": plain, "kinds": [kind for kind, _ in self.chain]}
-        tensors |= _named("model/", _tensors(self.trainee.model))
+        model, tensors = Kept(self.trainee.model, "model/").saved()
+        state: dict[str, Any] = {"rounds": [asdict(r) for r in self.rounds], "model": model, "kinds": [kind for kind, _ in self.chain]}
+        if self.trainee.optimizer is not None:
+            state["optimizer"], own = packed_optimizer(self.trainee.optimizer, "optimizer/")
+            tensors |= own
         for number, (_, masks) in enumerate(self.chain):
             tensors |= {f"chain/{number}/{name}": torch.from_numpy(mask) for name, mask in masks.items()}
         if not self.chain and self.masks is not None:
             tensors |= _named("mask/", _flags(self.masks))
         if self.best is not None:
             state["best"] = self.best.round.number
-            tensors |= _named("best/", _tensors(self.best.model))
+            state["best_model"], own = Kept(self.best.model, "best/").saved()
+            tensors |= own
             tensors |= _named("best_mask/", _flags(self.best.masks))
         if self.checkpoint is not None:
             tensors |= _named("checkpoint/", self.checkpoint)
@@ -115,7 +120,7 @@ class State:
         self.checkpoint, self.snapshot = None, None
         best_model = None
         best = saved.state.get("best")
-        widths = {name: tuple(t.shape) for name, t in _under("best/", found).items()}
+        widths = {name: tuple(t.shape) for name, t in _under("best/parameter/", found).items()}
         if best is not None and not saved.state["kinds"]:
             best_model = copied(self.trainee.model, {})
         for number, kind in enumerate(saved.state["kinds"]):
@@ -127,12 +132,13 @@ class State:
             self.shrink(Masks(now, kept), kind, verify=False)
         if best is not None and best_model is None:
             best_model = copied(self.trainee.model, {})
-        _fill(self.trainee.model, _under("model/", found))
-        self.trainee.restore(unpacked("optimizer/", saved.state["optimizer"], found))
+        Kept(self.trainee.model, "model/").restore(saved.state["model"], found)
+        if self.trainee.optimizer is not None:
+            restore_optimizer(self.trainee.optimizer, saved.state["optimizer"], found)
         if not saved.state["kinds"]:
             self.masks = self._masks_from(_under("mask/", found))
         if best_model is not None:
-            _fill(best_model, _under("best/", found))
+            Kept(best_model, "best/").restore(saved.state["best_model"], found)
             masks = self._masks_from(_under("best_mask/", found))
             record = next(r for r in self.rounds if r.number == best)
             self.best = None if masks is None else Outcome(record, best_model, masks)
@@ -145,7 +151,7 @@ class State:
         return ElementMasks(self.trainee.model, flags) if flags else None
 
 
-def _of_positions(graph: DependencyGraph, kept: Kept) -> Masks:
+def _of_positions(graph: DependencyGraph, kept: Positions) -> Masks:
     """Returns the masks of a graph by which these positions of its parameters are left."""
     found = {}
     for group in graph.groups:
@@ -153,13 +159,9 @@ def _of_positions(graph: DependencyGraph, kept: Kept) -> Masks:
         for s in group.producers or group.slices:
             keep = kept.get(s.parameter, {}).get(s.dim)
             if keep is not None:
-                alive &= np.isin(s.index, keep).all(axis=1)
+                alive &= np.isin(s.index, keep).any(axis=1)  # of a head, some rows may go with the width of all heads
         found[group.name] = alive
     return Masks(graph, found)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _flags(masks: Masks | ElementMasks) -> dict[str, Tensor]:
@@ -175,8 +177,4 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fits(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return {name: tuple(value.shape) for name, value in _tensors(model).items()} == dict(shapes)
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    model.load_state_dict({**model.state_dict(), **tensors})
+    return {name: tuple(value.shape) for name, value in model.named_parameters()} == dict(shapes)

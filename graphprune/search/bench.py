@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import pickle
 import random
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -86,7 +88,8 @@ def drive(bench: Bench, walks: Iterable[Walk], processes: int) -> None:
         for walk in walks:
             _in_turn(bench, walk)
         return
-    job = (bench.model, bench.graph.engine.program.inputs, bench.evaluator, bench.physical, bench.seed)
+    # The evaluator stands first: where it is unpickled, it may import what the model is made of.
+    job = (bench.evaluator, bench.model, bench.graph.engine.program.inputs, bench.physical, bench.seed)
     try:
         parcel = pickle.dumps(job)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -141,9 +144,23 @@ _BENCHES: list[Bench] = []  # of a process that evaluates: the one that it was s
 
 def _set_up(parcel: bytes, threads: int) -> None:
     """Makes the bench of this process."""
+    end_with_parent()
     torch.set_num_threads(threads)
-    model, inputs, evaluator, physical, seed = pickle.loads(parcel)  # noqa: S301 (made by the process that started this one)
+    evaluator, model, inputs, physical, seed = pickle.loads(parcel)  # noqa: S301 (made by the process that started this one)
     _BENCHES[:] = [Bench(model, trace(model, inputs), evaluator, physical=physical, seed=seed)]
+
+
+def end_with_parent() -> None:
+    """Lets this process end when the one that started it has, also where that was killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        assert parent is not None  # noqa: S101 (the caller has looked)
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _evaluate(kept: Kept) -> Scored:
