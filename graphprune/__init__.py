@@ -58,6 +58,7 @@ from graphprune.reconstruction import Reconstruction, ReconstructionReport, reco
 from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
 from graphprune.search.amc import AMCPruner
 from graphprune.search.annealing import SimulatedAnnealingPruner
+from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.base import SearchResult
 from graphprune.search.curves import Sensitivity
 from graphprune.search.greedy import SensitivityPruner
@@ -83,6 +84,7 @@ __all__ = [
     "APoZ",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankPruner",
+    "AutoCompressPruner",
     "BNScale",
     "Budget",
     "ConfigError",

@@ -2,7 +2,9 @@
 
 from graphprune.search.amc import AMCPruner
 from graphprune.search.annealing import Annealing, Cooling, Move, SimulatedAnnealingPruner
+from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.base import Search, SearchResult, run
+from graphprune.search.compressing import Compression
 from graphprune.search.curves import Measurement, Sensitivity
 from graphprune.search.evaluators import DataEvaluator
 from graphprune.search.greedy import SensitivityPruner
@@ -15,6 +17,8 @@ from graphprune.search.timing import OnnxLatency
 __all__ = [
     "AMCPruner",
     "Annealing",
+    "AutoCompressPruner",
+    "Compression",
     "Cooling",
     "DataEvaluator",
     "Measurement",

@@ -1,0 +1,248 @@
+"""The words of AutoCompress: its arguments, with those that other versions had, and the records of its rounds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
+
+from graphprune.criteria import Criterion, criterion_named, seen_by
+from graphprune.errors import ConfigError, nearest
+from graphprune.pruners.admm import Convergence
+from graphprune.schedules.history import History, Round
+from graphprune.scoring import DATA_FREE
+from graphprune.search.annealing import Cooling
+from graphprune.search.objective import Trial
+from graphprune.showing import written_csv
+from graphprune.training import Course, check_count, course
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TRAINING = ("trainer", "optimizer", "criterion", "data", "loss")
+_ADMM = (*TRAINING, "iterations", "training_epochs")
+_ANNEALING = ("start_temperature", "stop_temperature", "cool_down_rate", "perturbation_magnitude")
+_SA = (*_ANNEALING, "trials", "evaluator", "base_algo", "finetune")
+_HIGHER = "an evaluator of which higher is better, such as one that returns minus a loss"
+_ENTRIES = "'rho' in the entries of the config list"
+FORMER = {
+    "num_iterations": "total_iteration=",
+    "optimize_mode": _HIGHER,
+    "base_algo": "sa_params={'base_algo': ...}, the name of a criterion",
+    "pruning_algorithm": "sa_params={'base_algo': ...}, the name of a criterion",
+    **{name: f"sa_params={{{name!r}: ...}}" for name in (*_ANNEALING, "trials")},
+    "admm_num_iterations": "admm_params={'iterations': ...}",
+    "admm_epochs_per_iteration": "admm_params={'training_epochs': ...}",
+    "iterations": "admm_params={'iterations': ...}",
+    "training_epochs": "admm_params={'training_epochs': ...}, or finetune_epochs= for training after a round's removal",
+    "row": _ENTRIES,
+    "rho": _ENTRIES,
+    "dummy_input": "example_inputs=",
+    "experiment_data_dir": "folder=",
+}
+_FORMER_ADMM = {
+    "evaluator": "trainer=, optimizer= and criterion=, or data=, loss= and optimizer=",
+    "granularity": "nothing: channels go, which is 'coarse-grained'",
+    "num_iterations": "'iterations'",
+    "epochs_per_iteration": "'training_epochs'",
+    "row": _ENTRIES,
+    "rho": _ENTRIES,
+}
+_FORMER_SA = {
+    "pruning_algorithm": "'base_algo', the name of a criterion",
+    "pruning_params": "the options as keyword arguments of the pruner",
+    "optimize_mode": _HIGHER,
+    "finetuner": "'finetune'",
+    "log_dir": "folder= of the pruner",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """How to train towards sparsities.
+
+    Attributes:
+        how: the user's training.
+        iterations: of ADMM.
+        epochs: calls of the trainer per iteration.
+        data: what it is by, where that is no trainer: `data` and `loss`.
+    """
+
+    how: Course
+    iterations: int
+    epochs: int
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], admm_params: object, who: str) -> Training:
+        """Returns what was given by keyword and as admm_params.
+
+        Raises:
+            ConfigError: an argument is unknown, unusable, missing, or given twice.
+        """
+        params = checked_params(admm_params, _ADMM, _FORMER_ADMM, f"admm_params of {who}")
+        for name, value in given.items():
+            if params.setdefault(name, value) is not value:
+                raise ConfigError(f"{who} is given {name}= and admm_params with another {name!r}", "Pass one of them")
+        iterations = check_count(params.get("iterations", 30), "iterations", 1)
+        epochs = check_count(params.get("training_epochs", 5), "training_epochs", 1)
+        data = {"data": params.get("data"), "loss": params.get("loss")}
+        how = course(who, *(params.get(name) for name in TRAINING))
+        return cls(how, iterations, epochs, data if params.get("data") is not None else {})
+
+    def seen_by(self, criterion: str | Criterion) -> Mapping[str, Any]:
+        """Returns the data that a criterion looks at, if it looks at any."""
+        return {} if seen_by(criterion_named(criterion)) in DATA_FREE else self.data
+
+
+@dataclass(frozen=True, eq=False)
+class Searching:
+    """How to search for sparsities, and how to score.
+
+    Attributes:
+        evaluator: scores what rounds leave.
+        scorer: scores candidates.
+        cooling: of the annealing.
+        magnitude: the largest change of one group's sparsity at the start.
+        criterion: says which channels of a candidate go.
+        finetune: trains candidates in place, or None.
+    """
+
+    evaluator: Callable[[nn.Module], float]
+    scorer: Callable[[nn.Module], float]
+    cooling: Cooling
+    magnitude: float
+    criterion: Any
+    finetune: Callable[[nn.Module], object] | None
+
+    @classmethod
+    def of(cls, sa_params: object, evaluator: Any, who: str) -> Searching:
+        """Returns what was given as sa_params, with the evaluator of rounds.
+
+        Raises:
+            ConfigError: an argument is unknown or unusable, or there is no evaluator.
+        """
+        params = checked_params(sa_params, _SA, _FORMER_SA, f"sa_params of {who}")
+        own = params.get("evaluator")
+        scorers: tuple[Any, Any] = (own if evaluator is None else evaluator, evaluator if own is None else own)
+        for function in scorers:
+            if not callable(function):
+                what = f"{who} has no evaluator" if function is None else f"the evaluator of {who} is a {type(function).__name__}"
+                raise ConfigError(what, "Pass evaluator=, a function from a model to its score, higher = better")
+        finetune = params.get("finetune")
+        if finetune is not None and not callable(finetune):
+            raise ConfigError(f"'finetune' in sa_params of {who} is a {type(finetune).__name__}", "Pass a function of a model")
+        times = (params.get("start_temperature", 100.0), params.get("stop_temperature", 20.0))
+        cooling = Cooling(*times, params.get("cool_down_rate", 0.9))
+        if params.get("trials") is not None:
+            cooling = Cooling(*times, (times[1] / times[0]) ** (1 / (check_count(params["trials"], "trials", 2) - 1)))
+        return cls(*scorers, cooling, params.get("perturbation_magnitude", 0.35), params.get("base_algo", "l1"), finetune)
+
+
+def checked_params(given: object, known: Iterable[str], former: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Returns the arguments of a part of a pruner, given as a dict.
+
+    Args:
+        given: the dict, or None for nothing.
+        known: the names that there are.
+        former: name of an argument that there is not -> what to write instead.
+        where: the dict's name, for errors.
+
+    Raises:
+        ConfigError: it is no dict, or has another name in it.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} is a {type(given).__name__}", "Pass a dict of arguments by name")
+    for name in given:
+        if name not in known:
+            fix = f"Write {former[name]}" if name in former else nearest(str(name), known)
+            raise ConfigError(f"{where} has no argument {name!r}", fix or f"Use {', '.join(known)}")
+    return dict(given)
+
+
+# -- records -------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compression(Round):
+    """One round of AutoCompress.
+
+    Attributes:
+        targets: what each constraint was to come down to: the MACs or parameters of a budget, or the channels of each config entry.
+        sparsities: group name -> which share of the original model's channels is gone.
+        trial: the best one of the annealing, whose sparsities are shares of what was left before the round; None where nothing had to go.
+        convergence: of the last iteration of ADMM; None where nothing had to go.
+    """
+
+    targets: tuple[float, ...] = ()
+    sparsities: dict[str, float] = field(default_factory=dict)
+    trial: Trial | None = None
+    convergence: Convergence | None = None
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Compression:
+        """Returns the record of plain values that `dataclasses.asdict` gave and JSON may have carried."""
+        trial, convergence = plain["trial"], plain["convergence"]
+        made: dict[str, Any] = {
+            "asked": tuple(plain["asked"]),
+            "targets": tuple(plain["targets"]),
+            "trial": None if trial is None else Trial.from_dict(trial),
+            "convergence": None if convergence is None else Convergence(**convergence),
+        }
+        return cls(**{**plain, **made})
+
+    def round(self) -> Round:
+        """Returns what the record has in common with rounds of other pruners."""
+        return Round(**{f.name: getattr(self, f.name) for f in fields(Round)})
+
+
+class Compressions(History):
+    """The rounds of AutoCompress, in order."""
+
+    kind = Compression
+
+    def __iter__(self) -> Iterator[Compression]:
+        """Iterates over the rounds."""
+        return iter(cast("tuple[Compression, ...]", self[:]))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one line per round under a line of headings; the file appears when it is complete.
+
+        Behind what all rounds have come the targets, the score of the annealing's best trial, ADMM's last residuals, and the sparsity of
+        every group.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        shared = [f.name for f in fields(Round)]
+        groups = list(dict.fromkeys(name for r in self for name in r.sparsities))
+        rows: list[list[Any]] = [[*shared, "targets", "trial_score", "primal", "dual", *groups]]
+        for r in self:
+            row = [getattr(r, name) for name in (*shared, "targets")]
+            residuals = [None, None] if r.convergence is None else [r.convergence.primal, r.convergence.dual]
+            row += [None if r.trial is None else r.trial.score, *residuals, *(r.sparsities.get(name, 0.0) for name in groups)]
+            rows.append([" ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value for value in row])
+        written_csv(path, "the history", rows)
+
+
+class Ticks:
+    """One round's part of the bar: one step per candidate, one for the training."""
+
+    def __init__(self, tick: Callable[[str], None], number: int, steps: int) -> None:
+        self._tick, self._number, self._steps, self._done = tick, number, steps, 0
+
+    def trial(self, trial: Trial) -> None:
+        """Shows a candidate; those that were evaluated before an interruption count with the first behind it."""
+        self._to(trial.number + 1, f"candidate {trial.number}, score {trial.score:.4g}")
+
+    def end(self, record: Compression) -> None:
+        """Shows what the round came to."""
+        self._to(self._steps, f"sparsity {record.sparsity:.1%}, score {record.score:.4g}")
+
+    def _to(self, done: int, now: str) -> None:
+        while self._done < done:
+            self._done += 1
+            self._tick(f"round {self._number}: {now}")
