@@ -308,10 +308,11 @@ PRUNERS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_wrong_uses_of_pruners_in_place_are_refused(name: str) -> None:
-    """A model in place of the config list, no model, another model, one too many: each is one clear error, and nothing is changed."""
+    """A model where none belongs, no model, another model, one too many: each is one clear error, and nothing is changed."""
     kind, config = PRUNERS[name]
     model, _ = residual()
-    for arguments in ((model, config), (model,), (config, model)):
+    first = [(model, config), (model,)] if name == "AGP_Pruner" else []  # the others have a call shape with a model in front
+    for arguments in (*first, (config, model)):
         with pytest.raises(gp.ConfigError, match=rf"compat.{name} takes a config list alone.*Write {name}\(config_list\), and then pruner"):
             kind(*arguments)
     pruner = kind(config)

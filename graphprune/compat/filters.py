@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graphprune import pruners
+from graphprune.compat.former import Former, epoch_trainer
 from graphprune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
 _BEFORE_GLOBAL_SORT = 8  # positional arguments of Taylor's pruner that come before it
 
 
-class _OfWeights:
+class _OfWeights(Former):
     """The former arguments of pruners that look at weights alone, before a pruner that has today's.
 
     Args:
@@ -59,14 +60,15 @@ class FPGMPruner(_OfWeights, pruners.FPGMPruner):
     """`FPGMPruner` with its former arguments: (model, config_list, dependency_aware, dummy_input)."""
 
 
-class _OfData:
+class _OfData(Former):
     """The former arguments of pruners that look at data, before a pruner that has today's.
 
     Args:
         model: left as it is.
         config_list: see `graphprune.config`.
         optimizer: given to the trainer; its `step` does nothing.
-        trainer: called as trainer(model, optimizer, criterion); it shows the model its data and trains nothing.
+        trainer: called as trainer(model, optimizer, criterion, epoch), the last if it takes that; it shows the model its data and trains
+            nothing.
         criterion: given to the trainer.
         sparsifying_training_batches: how many batches to look at; 1 where nothing is said.
         dependency_aware: False prunes each layer by itself; otherwise coupled groups are pruned.
@@ -97,7 +99,7 @@ class _OfData:
             what = f"{type(self).__name__} is given sparsifying_training_batches and statistics_batch_num, which are the same"
             raise ConfigError(what, "Drop one of them")
         init: Any = super().__init__
-        shape = (model, config_list, trainer, optimizer, criterion, 1 if batches is None else batches, dummy_input)
+        shape = (model, config_list, epoch_trainer(trainer), optimizer, criterion, 1 if batches is None else batches, dummy_input)
         init(*shape, **_with_mode(options, dependency_aware=dependency_aware))
 
 

@@ -5,12 +5,13 @@ Here, and nowhere else in the package, a model that is passed in is changed: tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
 
 from graphprune import pruners
+from graphprune.compat import searches, trained
 from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError
 from graphprune.pruners.thresholds import reaching_threshold
@@ -98,8 +99,22 @@ class _InPlace:
         self._keeper.hold(masks)
 
 
-class LevelPruner(_InPlace):
+class _EitherWay(_InPlace):
+    """One that has another call shape as well, in which the model comes first: then that pruner is made in its place."""
+
+    _of_model: ClassVar[Callable[..., Any]]
+
+    def __new__(cls, config_list: ConfigList | nn.Module, *others: Any, **options: Any) -> Any:
+        """Returns a pruner in place of a config list, and one of a copy of a model."""
+        if isinstance(config_list, nn.Module):
+            return cls._of_model(config_list, *others, **options)
+        return super().__new__(cls)
+
+
+class LevelPruner(_EitherWay):
     """Zeroes the smallest weights of each layer when it is called with a model, as `graphprune.LevelPruner` chooses them.
+
+    With a model in front of the config list, as later in the first version, it is `graphprune.compat.trained.LevelPruner`.
 
     Args:
         config_list: entries with a `sparsity` or a `total_sparsity`, see `graphprune.config`.
@@ -108,7 +123,7 @@ class LevelPruner(_InPlace):
         ConfigError: something else than a config list comes first.
     """
 
-    _instead = "Write {name}(config_list), and then pruner(model); for {name}(model, config_list) import it from graphprune"
+    _of_model = trained.LevelPruner
 
     def _first(self, model: nn.Module) -> ElementMasks:
         return pruners.LevelPruner(model, self.config_list).masks()
@@ -182,8 +197,10 @@ class AGP_Pruner(_ByEpoch):  # noqa: N801 (the name of that time)
         return [0.0 if entry.get("exclude") else _planned(index, entry, epoch) for index, entry in enumerate(self.config_list)]
 
 
-class SensitivityPruner(_ByEpoch):
+class SensitivityPruner(_ByEpoch, _EitherWay):
     """Prunes weights below a threshold per layer: a quality parameter times the standard deviation of the layer's weights.
+
+    With a model in front of the config list, as later in the first version, it is `graphprune.compat.searches.SensitivityPruner`.
 
     Han et al., Learning both Weights and Connections, arXiv 1506.02626, section 4. An entry's `sparsity` is the quality parameter, in
     [0, 1), and not the share of weights that go. The deviation is taken over all weights of a layer as they are, masked ones as zeros, when
@@ -195,6 +212,8 @@ class SensitivityPruner(_ByEpoch):
     Raises:
         ConfigError: something else than a config list comes first.
     """
+
+    _of_model = searches.SensitivityPruner
 
     def _first(self, model: nn.Module) -> ElementMasks:
         return reaching_threshold(model, self.config_list)
