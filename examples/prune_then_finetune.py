@@ -12,16 +12,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune import demo
-
-
-def small_digits() -> demo.Digits:
-    """Returns the demo's digits at 16x16 pixels, so that one core is enough."""
-    data = demo.load_digits()
-    return demo.Digits(F.avg_pool2d(data.train_images, 2), data.train_labels, F.avg_pool2d(data.test_images, 2), data.test_labels)
 
 
 def main() -> None:
@@ -34,7 +27,7 @@ def main() -> None:
 
     # The demo's network and training loop stand for yours: graphprune needs a module and example inputs, and owns no training.
     torch.set_num_threads(1)
-    data = small_digits()
+    data = demo.load_digits(16)  # pixels: one core is enough
     model = demo.build(depth=8, seed=0)
     demo.train(model, data, epochs=8, lr=demo.LR, seed=0)
     print(f"dense:        {demo.accuracy(model, data):.1%}")

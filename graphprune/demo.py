@@ -30,7 +30,8 @@ Progress = Callable[[str, int, int], None]  # is told the stage, the steps done 
 SPLIT_SEED = 0  # the split of the data is the same for every seed of the training
 TRAIN_IMAGES = 1200
 BATCH = 64
-SHIFT = 2  # augmentation moves an image by up to this many of its 32 pixels
+SIZE = 32  # height and width of an image in pixels
+SHIFT = 2  # augmentation moves an image by up to this many of its pixels
 LR, FINETUNE_LR = 0.1, 0.04
 TITLE = "A residual network on handwritten digits"
 HEADINGS = ("network", "accuracy", "parameters", "MACs", "latency")
@@ -38,7 +39,7 @@ HEADINGS = ("network", "accuracy", "parameters", "MACs", "latency")
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """Images (n, 1, 32, 32), float32 with mean 0 and deviation 1 over the training part, and their labels (n,), int64."""
+    """Images (n, 1, height, width), float32 with mean 0 and deviation 1 over the training part, and their labels (n,), int64."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -46,8 +47,11 @@ class Digits:
     test_labels: Tensor
 
 
-def load_digits() -> Digits:
-    """Returns scikit-learn's 1,797 digits at 32x32, split into 1,200 for training and 597 for testing.
+def load_digits(size: int = SIZE) -> Digits:
+    """Returns scikit-learn's 1,797 digits, which have 8x8 pixels, at another size, split into 1,200 for training and 597 for testing.
+
+    Args:
+        size: height and width in pixels.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -59,7 +63,7 @@ def load_digits() -> Digits:
         raise InputError(what, "Install it with `pip install graphprune[demo]`") from error
     raw = datasets.load_digits()
     small = torch.from_numpy(raw.images).float().unsqueeze(1)  # (1797, 1, 8, 8), 0 to 16
-    images = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    images = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
     labels = torch.from_numpy(raw.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -58,6 +59,20 @@ PROMISES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
          r"ResNet-56-A +before +125,485,696 +853,018\n +after +112,435,840 +1\.12e8 +10\.4% +10\.4 % +773,336 +7\.7e5",
          r"ResNet-56-B(.|\n)* after +90,907,264 +9\.09e7 +27\.6% +27\.6 % +735,712 +7\.3e5"),
         ("recipes.json",),
+    ),
+    "schedules": (
+        (r"trained: 9\d\.\d% right", r"AGP, epoch 0: 0\.0% of the channels masked", r"AGP, epoch 5: 50\.0% of the channels masked, 9\d\.",
+         r"AGP: 77,754 parameters, 19,810 are left, error \d\.?\d*e-(0[6-9]|1\d)", r"AGP, one epoch more with the same optimizer: 9\d\.",
+         r"│ +4 │ 90\.0% │ +90\.0% │ +8,394 │", r"lottery ticket: best 9\d\.\d% at \d\d\.\d%, last 9\d\.\d% at 90\.0%",
+         r"movement, epoch 6: 50\.0% of the scores", r"movement: (193,344 MACs), 9\d\.\d% right\nsmallest norms: \1, 9\d\.\d% right"),
+        ("agp.safetensors", "lottery", "movement.safetensors"),
+    ),
+    "searches": (
+        (r"trained: 9\d\.\d% right, 763,520 MACs\n6 groups", r"annealing: best \d\d\.\d% \(trial \d+\), last \d\d\.\d%; \d+ of the first",
+         r"TPE: goes on behind 12 trials\nTPE: best \d\d\.\d% \(trial \d+ of 24\), last", r"NetAdapt, step 0: \d+ channels of \S+, \d{3},",
+         r"uniform: (39|40)\.\d% of the MACs left", r"NetAdapt: (39|40)\.\d% of the MACs left, \d\d\.\d% recalibrated, 9\d\.\d% trained",
+         r"front: \d+,\d{3} MACs, \d\d\.\d%\nfront: "),
+        ("annealing.png", "front.csv", "front.png", "runs", "study.db"),
     ),
     "sensitivity": (
         (r"trained: (9\d|100)\.\d%", r"third +│ +64 │", r"evaluations: [1-9]\d*, and 0 the second time",
@@ -137,3 +152,17 @@ def test_sensitivity_beats_uniform(run: Callable[[str], Run]) -> None:
     found = re.findall(r"^(by sensitivity|uniform): .* left, loss (\d\.\d+)", run("sensitivity").printed, re.MULTILINE)
     loss = {name: float(value) for name, value in found}
     assert loss["by sensitivity"] < 0.7 * loss["uniform"]
+
+
+def test_searches_beat_uniform(run: Callable[[str], Run]) -> None:
+    """In the part of the images that searches see, each beats the same sparsity everywhere; on the front, more MACs score higher."""
+    printed = run("searches").printed
+    found = re.search(r"the same sparsity everywhere: (\d+\.\d)%", printed)
+    assert found is not None
+    best = {name: float(score) for name, score in re.findall(r"^(annealing|TPE|NetAdapt): best (\d+\.\d)%", printed, re.MULTILINE)}
+    assert best.keys() == {"annealing", "TPE", "NetAdapt"}
+    assert min(best.values()) > float(found[1]) + 3
+    points = re.findall(r"^front: ([\d,]+) MACs, (\d+\.\d)%", printed, re.MULTILINE)
+    front = [(int(macs.replace(",", "")), float(score)) for macs, score in points]
+    assert len(front) > 4
+    assert all(one[0] < two[0] and one[1] < two[1] for one, two in itertools.pairwise(front))
