@@ -40,7 +40,7 @@ def leftovers(path: str | os.PathLike[str]) -> Iterator[Path]:
     before, after = f".{target.stem}.", f".part{target.suffix}"
     for leftover in target.parent.glob(f"{before}*{after}"):
         pid = leftover.name.removeprefix(before).removesuffix(after)
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             yield leftover
 
 
@@ -55,7 +55,7 @@ def _flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     """Returns whether a process of this machine runs."""
     try:
         os.kill(pid, 0)

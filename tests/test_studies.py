@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import multiprocessing
 import os
 import random
 import socket
@@ -218,7 +220,7 @@ def test_killed_at_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     """Both evaluate trials, no trial is lost or done twice, and the study has exactly as many as were asked for."""
-    result = run_study(functools.partial(Analytic, pause=0.15), 30, storage=tmp_path / "study.db", processes=2)
+    result = run_study(functools.partial(Analytic, pause=0.4), 30, storage=tmp_path / "study.db", processes=2)
     assert [t.number for t in result.history][:10] == list(range(10))
     assert len(result.history) == 30
     study = Study(Analytic(), storage=tmp_path / "study.db")
@@ -227,6 +229,71 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     more = run_study(Analytic(), 33, storage=tmp_path / "study.db")
     assert len(more.history) == 33
     assert more.history[:30] == result.history
+
+
+def failing_elsewhere(pause: float) -> Analytic:
+    """Makes an objective in the process that the study was started in, and fails in any other."""
+    if multiprocessing.parent_process() is not None:
+        raise ConfigError("this process has no data", "Copy them")
+    return Analytic(pause=pause)
+
+
+def dying_elsewhere(pause: float) -> Analytic:
+    """Likewise, but the other process dies."""
+    if multiprocessing.parent_process() is not None:
+        os._exit(3)
+    return Analytic(pause=pause)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "message"), [(failing_elsewhere, "has no data"), (dying_elsewhere, "died.*__main__")])
+def test_failure_of_another_process_ends_the_study(tmp_path: Path, make: Any, message: str) -> None:
+    """What goes wrong elsewhere is raised here after the trial that is under way, and the next run goes on with what there is."""
+    storage = tmp_path / "study.db"
+    with pytest.raises(ConfigError, match=message):
+        run_study(functools.partial(make, 0.2), 300, storage=storage, processes=2)
+    found = Study(Analytic(), storage=storage)
+    assert 0 < len(found.history()) < 300
+    assert found.run(len(found.history()) + 2).history == Study(Analytic()).run(len(found.history())).history
+
+
+SHARED = """
+import functools, sys
+from graphprune.search.parallel import run_study
+from tests.support.analytic import Analytic
+if __name__ == "__main__":
+    run_study(functools.partial(Analytic, pause=0.3), 1000, storage=sys.argv[1], processes=2)
+"""
+
+
+@pytest.mark.slow
+def test_process_that_works_for_a_dead_one_ends(tmp_path: Path) -> None:
+    """When the process that started the study is killed, the other one starts no further trial, and the study can be gone on with."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
+    started = subprocess.Popen([sys.executable, str(tmp_path / "shared.py"), str(tmp_path / "study.db")], cwd=ROOT, env=environment)  # noqa: S603
+    patience = time.monotonic() + 120
+    while len(owners(tmp_path / "study.db")) < 2 and time.monotonic() < patience:
+        time.sleep(0.5)
+    started.kill()
+    started.wait()
+    assert len(owners(tmp_path / "study.db")) == 2
+    time.sleep(5.0)
+    study = Study(Analytic(), storage=tmp_path / "study.db")
+    before = len(study.history())
+    time.sleep(2.0)
+    assert len(Study(Analytic(), storage=tmp_path / "study.db").history()) == before
+    assert len(study.run(before + 2).history) == before + 2
+
+
+def owners(path: Path) -> set[str]:
+    """Returns the processes that have evaluated trials of a study."""
+    if not path.exists():
+        return set()
+    with contextlib.suppress(optuna.exceptions.OptunaError, KeyError):  # not complete yet
+        study = optuna.load_study(study_name="graphprune", storage=f"sqlite:///{path}")
+        return {t.user_attrs["graphprune.owner"] for t in study.get_trials() if t.state.name == "COMPLETE"}
+    return set()
 
 
 def test_several_processes_need_a_function_that_can_be_sent() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from graphprune.errors import ConfigError
 from graphprune.runs import Run
 from graphprune.search.objective import Sparsities, Trial
-from graphprune.search.showing import bar, plotted, table
+from graphprune.search.showing import bar, plotted, table, tabulated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +97,15 @@ class SearchResult:
             ConfigError: matplotlib is not installed.
             FileError: the file cannot be written.
         """
-        plotted(self.history, path)
+        plotted(self.history, path, {}, ())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one line per trial: its number, score, cost, seconds, and the sparsity of every group.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        tabulated(self.history, path, {})
 
     def __rich__(self) -> Table:
         """Returns the table."""

@@ -1,4 +1,10 @@
-"""Studies whose trials are evaluated by several processes of one machine."""
+"""Studies whose trials are evaluated by several processes of one machine.
+
+this process:  start the others ──▶ make the objective ──▶ open the storage ──▶ trial, trial, trial ... ──▶ wait for the others ──▶ result
+each other:    import, make an objective ──▶ wait for the storage ─────────────▶ trial, trial ...
+
+Starting a process takes seconds, in which this one has its first trials behind it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +12,21 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from graphprune.errors import ConfigError
-from graphprune.search.bench import check_processes
+from graphprune.search.bench import check_processes, end_with_parent
 from graphprune.search.objective import Objective
-from graphprune.search.showing import bar
 from graphprune.search.studies import Measure, Sampler, Study, StudyResult
-
-_LOOK_SECONDS = 0.5  # how often the bar is brought up to date
 
 
 def run_study(  # noqa: PLR0913 (the study, and how it is run)
@@ -34,6 +39,7 @@ def run_study(  # noqa: PLR0913 (the study, and how it is run)
     seed: int = 0,
     minimize: Literal["macs", "params"] | Measure | None = None,
     options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     processes: int = 1,
     progress: bool = False,
 ) -> StudyResult:
@@ -51,14 +57,15 @@ def run_study(  # noqa: PLR0913 (the study, and how it is run)
         seed: of the sampler.
         minimize: a second measure that is to be small.
         options: of the optuna sampler.
-        processes: how many; they share PyTorch's threads.
+        settings: what else the scores depend on, see `Study`.
+        processes: how many work, this one among them; they share PyTorch's threads.
         progress: show a bar with scores, sparsity and time left.
 
     Raises:
         ConfigError: an argument is not usable, or a process died.
         FileError: see `Study`.
     """
-    how: dict[str, Any] = {"name": name, "seed": seed, "minimize": minimize, "options": options}
+    how: dict[str, Any] = {"name": name, "seed": seed, "minimize": minimize, "options": options, "settings": settings}
     if check_processes(processes) == 1:
         made = objective if isinstance(objective, Objective) else objective()
         return Study(made, sampler, storage=storage, **how).run(trials, progress=progress)
@@ -68,23 +75,77 @@ def run_study(  # noqa: PLR0913 (the study, and how it is run)
     with ExitStack() as stack:
         if storage is None:
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphprune-study-"))) / "study.db"
-        study = Study(objective(), sampler, storage=storage, **how)
-        stack.callback(study.close)
         parcel = _packed((objective, sampler, {**how, "storage": storage}))
         threads = max(1, torch.get_num_threads() // processes)
-        pool = stack.enter_context(ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")))
-        waiting = {pool.submit(_work, parcel, trials, threads) for _ in range(processes)}
-        shows = stack.enter_context(bar(name, trials, study.history(), shown=progress))
-        shown = len(study.history())
-        while waiting:
-            done, waiting = wait(waiting, timeout=_LOOK_SECONDS if progress else None)
-            for work in done:
-                _finish(work.result)
-            found = study.history() if progress else []
-            for trial in found[shown:]:
-                shows(trial, study.result().best)
-            shown = max(shown, len(found))
+        others = stack.enter_context(_started(processes - 1, (parcel, trials, threads)))
+        study = Study(objective(), sampler, storage=storage, **how)
+        stack.callback(study.close)
+        others.opened.set()
+        with _with_threads(threads):
+            study.run(trials, progress=progress, between=others.check)
+        others.wait()
         return study.result()
+
+
+@dataclass(frozen=True)
+class _Others:
+    """The processes that work beside this one.
+
+    Attributes:
+        work: what they do.
+        opened: is set when the storage is there.
+        stopped: is set when they are to start no further trial.
+    """
+
+    work: frozenset[Future[None]]
+    opened: Event
+    stopped: Event
+
+    def check(self) -> None:
+        """Raises what one of them raised.
+
+        Raises:
+            ConfigError: one died.
+        """
+        for future in self.work:
+            if future.done():
+                _finish(future.result)
+
+    def wait(self) -> None:
+        """Waits until all are done, and raises what one of them raised.
+
+        Raises:
+            ConfigError: one died.
+        """
+        wait(self.work)
+        self.check()
+
+
+@contextmanager
+def _started(count: int, job: tuple[bytes, int, int]) -> Iterator[_Others]:
+    """Starts processes that work on a job; where the block fails, they end after the trials that they are in, and are waited for."""
+    context = multiprocessing.get_context("spawn")
+    opened, stopped = context.Event(), context.Event()
+    pool = ProcessPoolExecutor(count, context, _remember, (opened, stopped))
+    try:
+        yield _Others(frozenset(pool.submit(_work, *job) for _ in range(count)), opened, stopped)
+    except BaseException:
+        stopped.set()
+        opened.set()
+        pool.shutdown(wait=True)
+        raise
+    pool.shutdown(wait=False)  # the work is done: that the processes take a second to end is no reason to wait
+
+
+@contextmanager
+def _with_threads(threads: int) -> Iterator[None]:
+    """Gives PyTorch so many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _packed(what: object) -> bytes:
@@ -100,13 +161,29 @@ def _packed(what: object) -> bytes:
         raise ConfigError(text, "Define it at the top of a module, and minimize= too, or use processes=1") from error
 
 
+_EVENTS: list[Event] = []  # of a process that works beside another: storage opened, stopped
+
+
+def _remember(*events: Event) -> None:
+    """Keeps the events, which can be handed over only when a process starts; it ends with the one that started it."""
+    _EVENTS[:] = events
+    end_with_parent()
+
+
 def _work(parcel: bytes, trials: int, threads: int) -> None:
     """Takes part in a study, in a process of its own."""
     torch.set_num_threads(threads)
     factory, sampler, how = pickle.loads(parcel)  # noqa: S301 (our own bytes, from the process that started this one)
-    study = Study(factory(), sampler, **how)
+    opened, stopped = _EVENTS
+    objective = factory()
+    opened.wait()
+    if stopped.is_set():
+        return
+    study = Study(objective, sampler, **how)
     try:
-        study.run(trials)
+        for _ in study.trials(trials):
+            if stopped.is_set():
+                return
     finally:
         study.close()
 
@@ -120,4 +197,7 @@ def _finish(result: Callable[[], None]) -> None:
     try:
         result()
     except BrokenProcessPool as error:
-        raise ConfigError("a process of the study died", "Look at its last words on stderr; the study goes on where it was") from error
+        fix = (
+            "Guard the script's own calls by `if __name__ == '__main__':` and see its last words on stderr; the study goes on where it was"
+        )
+        raise ConfigError("a process of the study died", fix) from error

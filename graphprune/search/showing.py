@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rich.table import Table
 
 from graphprune.search.objective import Trial
-from graphprune.showing import new_figure, ticking, written
+from graphprune.showing import new_figure, ticking, written, written_csv
 
 Shows: TypeAlias = Callable[[Trial, Trial], None]
 """Is told the last trial and the best one so far."""
@@ -53,8 +53,34 @@ def table(history: Sequence[Trial]) -> Table:
     return out
 
 
-def plotted(history: Sequence[Trial], path: str | os.PathLike[str]) -> None:
-    """Draws score over trial, with the best so far, and score over MACs; the file appears when it is complete.
+def tabulated(history: Sequence[Trial], path: str | os.PathLike[str], measured: Mapping[int, float]) -> None:
+    """Writes one line per trial under a line of headings: its number, score, what was measured, cost, seconds, and every sparsity.
+
+    Args:
+        history: the trials.
+        path: of the file, which appears when it is complete.
+        measured: number of a trial -> what was measured of it; where there is nothing, there is no such column.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    groups = list(dict.fromkeys(name for trial in history for name in trial.sparsities))
+    rows: list[list[Any]] = [["trial", "score", *(["measured"] if measured else []), "params", "macs", "seconds", *groups]]
+    for t in history:
+        sparsities = [t.sparsities.get(name, 0.0) for name in groups]
+        extra = [measured.get(t.number, "")] if measured else []
+        rows.append([t.number, t.score, *extra, t.cost.params, t.cost.macs, t.seconds, *sparsities])
+    written_csv(path, "the trials", rows)
+
+
+def plotted(history: Sequence[Trial], path: str | os.PathLike[str], measured: Mapping[int, float], front: Sequence[Trial]) -> None:
+    """Draws score over trial, with the best so far, and score over MACs or over what was measured; the file appears when it is complete.
+
+    Args:
+        history: the trials.
+        path: of the file.
+        measured: number of a trial -> what was measured of it; MACs where there is nothing.
+        front: trials that are joined by a line, the smallest measure first.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -68,6 +94,9 @@ def plotted(history: Sequence[Trial], path: str | os.PathLike[str]) -> None:
     over_trials.step([t.number for t in history], tops, where="post", label="best so far")
     over_trials.set(xlabel="trial", ylabel="score")
     over_trials.legend()
-    over_cost.plot([t.cost.macs for t in history], scores, ".")
-    over_cost.set(xlabel="MACs")
+    over_cost.plot([measured.get(t.number, t.cost.macs) for t in history], scores, ".")
+    if front:
+        over_cost.step([measured[t.number] for t in front], [t.score for t in front], where="post", label="front")
+        over_cost.legend()
+    over_cost.set(xlabel="measured" if measured else "MACs")
     written(path, "the plot", figure.savefig)

@@ -11,15 +11,10 @@ finish their trials in another order each time, so that only one process by itse
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.util
 import os
-import socket
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -30,7 +25,8 @@ from graphprune.runs import plain
 from graphprune.search.base import SearchResult, best
 from graphprune.search.bench import finite, same_random
 from graphprune.search.objective import Objective, Sparsities, Trial
-from graphprune.search.showing import bar
+from graphprune.search.showing import bar, plotted, tabulated
+from graphprune.search.storages import INSTALL, NOBODY, is_dead, opened, optuna_package, owner_of_this_process, quietly
 from graphprune.training import check_count
 
 if TYPE_CHECKING:
@@ -41,11 +37,7 @@ Measure: TypeAlias = Callable[[nn.Module], float]
 """From a shrunk model to what is to be small, such as milliseconds."""
 
 _RECORD, _OWNER, _SETTINGS, _MEASURED = "graphprune.trial", "graphprune.owner", "graphprune.settings", "graphprune.measured"
-_NOBODY = "nobody"
 _WHOLE = 0.5  # below 0, as far as this share of its limit, a parameter says that its group stays whole: good points have such groups
-_INSTALL = "Install it with `pip install graphprune[search]`"
-_PROCESS = uuid.uuid4().hex  # tells this process from an earlier one with the same number
-_BUSY_SECONDS = 60  # how long a process waits while another one writes to a SQLite file
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,28 @@ class StudyResult(SearchResult):
 
     Attributes:
         front: the trials that no other beats in score and measure both, the smallest measure first; none without a measure.
+        measured: number of a trial -> its MACs, its parameters, or what the measure gave; none without a measure.
     """
 
     front: tuple[Point, ...] = ()
+    measured: Mapping[int, float] = field(default_factory=dict)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws score over trial and score over MACs, or over the measure with the front, into a file (PNG, SVG or PDF, by its ending).
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+            FileError: the file cannot be written.
+        """
+        plotted(self.history, path, self.measured, [point.trial for point in self.front])
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one line per trial: its number, score, measure, cost, seconds, and the sparsity of every group.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        tabulated(self.history, path, self.measured)
 
 
 class Study:
@@ -85,6 +96,7 @@ class Study:
         minimize: a second measure that is to be small: "macs", "params", or a function of the shrunk model. Makes the study one of two
             objectives, which "tpe", "nsga-ii" and "random" can search.
         options: of the optuna sampler, such as {"n_startup_trials": 20} or {"population_size": 16}.
+        settings: what else the scores depend on, as plain values, such as the name of the data: a storage goes on with the same alone.
 
     Attributes:
         study: the optuna study, for all that optuna can do with it.
@@ -104,6 +116,7 @@ class Study:
         seed: int = 0,
         minimize: Literal["macs", "params"] | Measure | None = None,
         options: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if minimize is not None and not callable(minimize) and minimize not in ("macs", "params"):
             raise ConfigError(f"minimize is {minimize!r}", "Use 'macs', 'params', or a function from a model to a number")
@@ -115,10 +128,10 @@ class Study:
         self._pending: optuna.Trial | None = None
         self._sampler(0)  # says what is wrong with it
         named = minimize if minimize is None or isinstance(minimize, str) else "measured"
-        settings = {**objective.settings(), "sampler": sampler, "seed": seed, "minimize": named}
-        with _quiet():
-            self.study = _opened(storage, name, 1 if minimize is None else 2)
-            self._require_mine(plain(settings, "settings"))
+        known = {**objective.settings(), "sampler": sampler, "seed": seed, "minimize": named, **(settings or {})}
+        with quietly():
+            self.study = opened(storage, name, 1 if minimize is None else 2)
+            self._require_mine(plain(known, "settings"))
 
     def _require_mine(self, settings: dict[str, Any]) -> None:
         theirs = self.study.user_attrs.get(_SETTINGS)
@@ -134,16 +147,16 @@ class Study:
 
     def propose(self) -> Sparsities:
         """Returns what to try next: the trial of a process that was killed, or a new one; the first has the same sparsity everywhere."""
-        with _quiet():
+        with quietly():
             known = self._trials()
             trial = self._abandoned(known)
             if trial is None:
                 if not any(t.state.name == "WAITING" for t in known):  # a trial that is asked for has an owner from the start
                     first = {} if known else dict.fromkeys(self.objective.groups, min(0.5, *self.objective.most.values()))
-                    self.study.enqueue_trial(first, user_attrs={_OWNER: _owner()})
+                    self.study.enqueue_trial(first, user_attrs={_OWNER: owner_of_this_process()})
                 trial = self.study.ask()
-            if trial.user_attrs.get(_OWNER) != _owner():
-                trial.set_user_attr(_OWNER, _owner())
+            if trial.user_attrs.get(_OWNER) != owner_of_this_process():
+                trial.set_user_attr(_OWNER, owner_of_this_process())
             self._pending = trial
             return self._suggested(trial)
 
@@ -188,7 +201,7 @@ class Study:
             values.append(self._measured(trial))
             self._pending.set_user_attr(_MEASURED, values[-1])
         self._pending.set_user_attr(_RECORD, trial.to_dict())
-        with _quiet():
+        with quietly():
             self.study.tell(self._pending, values, skip_if_finished=True)
         self._pending = None
 
@@ -201,15 +214,15 @@ class Study:
     def _abandoned(self, known: list[Any]) -> optuna.Trial | None:
         """Returns a trial that a process of this machine did not finish before it died."""
         for frozen in known:
-            if frozen.state.name == "RUNNING" and _is_dead(frozen.user_attrs.get(_OWNER, "")):
-                return cast("optuna.Trial", _optuna().Trial(self.study, frozen._trial_id))  # noqa: SLF001 (what the class is made from)
+            if frozen.state.name == "RUNNING" and is_dead(frozen.user_attrs.get(_OWNER, "")):
+                return cast("optuna.Trial", optuna_package().Trial(self.study, frozen._trial_id))  # noqa: SLF001 (what the class is made from)
         return None
 
     def _sampler(self, number: int, parameter: int = 0) -> Any:
         """Returns the sampler of one trial, or of one of its parameters, with random numbers of its own."""
-        samplers = _optuna().samplers
+        samplers = optuna_package().samplers
         if self.sampler == "cma-es" and importlib.util.find_spec("cmaes") is None:
-            raise ConfigError("the sampler 'cma-es' needs the package cmaes, which is not installed", _INSTALL)
+            raise ConfigError("the sampler 'cma-es' needs the package cmaes, which is not installed", INSTALL)
         known = {"tpe": "TPESampler", "cma-es": "CmaEsSampler", "nsga-ii": "NSGAIISampler", "random": "RandomSampler"}
         if self.sampler not in known:
             raise ConfigError(
@@ -223,54 +236,72 @@ class Study:
 
     # -- many trials -------------------------------------------------------------------------------------------------------------
 
-    def run(self, trials: int, *, progress: bool = False) -> StudyResult:
+    def run(self, trials: int, *, progress: bool = False, between: Callable[[], None] | None = None) -> StudyResult:
         """Evaluates until the study has so many trials, those of other processes included, and returns all that are finished.
 
         Args:
             trials: how many there are to be in all.
             progress: show a bar with scores, sparsity and time left.
+            between: is called after every trial; what it raises ends the run.
+
+        Raises:
+            ConfigError: see `Objective`.
+        """
+        seen = len(self.history())
+        with bar(self.study.study_name, trials, self.history(), shown=progress) as shows:
+            for trial in self.trials(trials):
+                if progress:
+                    found = self.history()
+                    for _ in found[seen:]:  # those of other processes too
+                        shows(trial, best(found))
+                    seen = len(found)
+                if between is not None:
+                    between()
+        return self.result()
+
+    def trials(self, trials: int) -> Iterator[Trial]:
+        """Evaluates one trial after the other until the study has so many, those of other processes included, and yields each.
+
+        Args:
+            trials: how many there are to be in all.
 
         Raises:
             ConfigError: see `Objective`.
         """
         check_count(trials, "trials", 1)
-        known = self.history()
-        with bar(self.study.study_name, trials, known, shown=progress) as shows:
-            while self._wanted(trials):
-                point = self.propose()
-                trial = self._pending
-                assert trial is not None  # noqa: S101 (propose has set it)
-                if not self._counts(trial.number, trials):
-                    self._give_up(trial)
-                    break
-                try:
-                    with same_random(int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])):
-                        found = self.objective(self.objective.project(point), trial.number)
-                        self._finish(found)
-                except BaseException:
-                    trial.set_user_attr(_OWNER, _NOBODY)  # whoever comes next takes it over
-                    raise
-                known.append(found)
-                shows(found, best(known))
-        return self.result()
+        while self._wanted(trials):
+            point = self.propose()
+            trial = self._pending
+            assert trial is not None  # noqa: S101 (propose has set it)
+            if not self._counts(trial.number, trials):
+                self._give_up(trial)
+                return
+            try:
+                with same_random(int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])):
+                    found = self.objective(self.objective.project(point), trial.number)
+                    self._finish(found)
+            except BaseException:
+                trial.set_user_attr(_OWNER, NOBODY)  # whoever comes next takes it over
+                raise
+            yield found
 
     def _wanted(self, trials: int) -> bool:
         """Returns whether fewer trials than that are finished or being evaluated by the living."""
         known = self._trials("COMPLETE", "RUNNING")
-        return len([t for t in known if t.state.name == "COMPLETE" or not _is_dead(t.user_attrs.get(_OWNER, ""))]) < trials
+        return len([t for t in known if t.state.name == "COMPLETE" or not is_dead(t.user_attrs.get(_OWNER, ""))]) < trials
 
     def _counts(self, number: int, trials: int) -> bool:
         """Returns whether a trial is among the first so many: two processes may have asked for the last one."""
         return len([t for t in self._trials("COMPLETE", "RUNNING") if t.number <= number]) <= trials
 
     def _give_up(self, trial: optuna.Trial) -> None:
-        with _quiet():
-            self.study.tell(trial, state=_optuna().trial.TrialState.FAIL)
+        with quietly():
+            self.study.tell(trial, state=optuna_package().trial.TrialState.FAIL)
         self._pending = None
 
     def _trials(self, *states: str) -> list[Any]:
         """Returns the trials in these states, or all."""
-        wanted = tuple(_optuna().trial.TrialState[state] for state in states) or None
+        wanted = tuple(optuna_package().trial.TrialState[state] for state in states) or None
         return cast("list[Any]", self.study.get_trials(deepcopy=False, states=wanted))
 
     def history(self) -> list[Trial]:
@@ -293,7 +324,7 @@ class Study:
         finished = [(Trial.from_dict(t.user_attrs[_RECORD]), t.user_attrs.get(_MEASURED)) for t in self._trials("COMPLETE")]
         found = SearchResult.of(trial for trial, _ in finished)
         points = [Point(trial, float(measured)) for trial, measured in finished if measured is not None]
-        return StudyResult(found.best, found.last, found.history, front(points))
+        return StudyResult(found.best, found.last, found.history, front(points), {p.trial.number: p.measured for p in points})
 
 
 def front(points: list[Point]) -> tuple[Point, ...]:
@@ -303,92 +334,3 @@ def front(points: list[Point]) -> tuple[Point, ...]:
         if not out or point.trial.score > out[-1].trial.score:
             out.append(point)
     return tuple(out)
-
-
-# -- the storage -------------------------------------------------------------------------------------------------------------------
-
-
-def _optuna() -> Any:
-    """Returns the optuna package.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module("optuna")  # an extra
-    except ImportError as error:
-        raise ConfigError("studies are searched by optuna, which is not installed", _INSTALL) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps optuna from logging every trial."""
-    logging = _optuna().logging
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def storage_url(storage: str | os.PathLike[str]) -> str:
-    """Returns the URL of a storage: a path is that of a SQLite file."""
-    text = os.fspath(storage)
-    return text if "://" in text else f"sqlite:///{Path(text).absolute().as_posix()}"
-
-
-def _opened(storage: str | os.PathLike[str] | None, name: str, objectives: int) -> optuna.Study:
-    """Returns the study of that name, a new one where there is none.
-
-    Raises:
-        FileError: the storage cannot be opened, or the study has another number of objectives.
-    """
-    package = _optuna()
-    directions = ["maximize", "minimize"][:objectives]
-    url = None if storage is None else storage_url(storage)
-    try:
-        kept = None
-        if url is not None:
-            waits = {"connect_args": {"timeout": _BUSY_SECONDS}} if url.startswith("sqlite") else {}
-            kept = package.storages.RDBStorage(url, engine_kwargs=waits)
-        study: optuna.Study = package.create_study(storage=kept, study_name=name, directions=directions, load_if_exists=True)
-    except (package.exceptions.OptunaError, OSError, ImportError, ValueError, RuntimeError) as error:
-        raise _unusable(url, error) from error
-    except Exception as error:
-        if not type(error).__module__.startswith("sqlalchemy"):
-            raise
-        raise _unusable(url, error) from error
-    if len(study.directions) != objectives:
-        what = f"the storage holds a study {name!r} of {len(study.directions)} objectives, not {objectives}"
-        raise FileError(what, "Give the same minimize=, or another name=")
-    return study
-
-
-def _unusable(url: str | None, error: Exception) -> FileError:
-    reason = str(error).partition("\n")[0]
-    return FileError(f"the storage {url} cannot be opened: {reason}", "Give the path of a SQLite file, or a database's URL")
-
-
-def _owner() -> str:
-    """Returns what tells this process from all others."""
-    return f"{socket.gethostname()} {os.getpid()} {_PROCESS}"
-
-
-def _is_dead(owner: str) -> bool:
-    """Returns whether a trial's process has given it up, or was one of this machine and runs no more."""
-    if owner == _NOBODY:
-        return True
-    host, _, rest = owner.partition(" ")
-    number, _, process = rest.partition(" ")
-    if host != socket.gethostname() or os.name == "nt":
-        return False
-    if int(number) == os.getpid():
-        return process != _PROCESS
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
