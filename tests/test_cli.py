@@ -434,7 +434,7 @@ def test_a_model_that_prints_does_not_spoil_the_json(models: Path) -> None:
 def test_help_and_version() -> None:
     """Without arguments the program explains itself; every command has a help text."""
     assert run().exit_code == 0
-    for command in ("demo", "inspect", "prune", "verify", "export", "bench"):
+    for command in ("demo", "inspect", "prune", "sensitivity", "search", "verify", "export", "bench"):
         assert command in run().stdout
         assert run(command, "--help").exit_code == 0
     assert run("--version").stdout == f"graphprune {graphprune.__version__}\n"

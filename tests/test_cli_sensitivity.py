@@ -98,6 +98,16 @@ def test_a_second_run_evaluates_only_what_is_new(models: Path, tmp_path: Path) -
     assert not (tmp_path / "sensitivity.png").exists()
 
 
+def test_two_processes_give_the_same_scores(models: Path, tmp_path: Path) -> None:
+    """Other processes make model and data anew by their names, also where these are in one file; the scores are those of one process."""
+    arguments = ("--loss", "cross_entropy", "--sparsity", 0.5, "--json", "--no-plot")
+    results = [run(models, *arguments, "--out", tmp_path / str(count), "--processes", count) for count in (1, 2)]
+    assert [result.exit_code for result in results] == [0, 0], results[1].stderr or results[1].exception
+    one, two = ([(m["group"], m["kept"], m["score"]) for m in json.loads(result.stdout)["measurements"]] for result in results)
+    assert one == two
+    assert len(one) == 2
+
+
 def test_accuracy_is_the_score_unless_a_loss_is_given(models: Path, tmp_path: Path) -> None:
     """Without a loss the score is the accuracy, a multiple of a twelfth here; an early stop and a config list are heeded."""
     config = tmp_path / "config.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from graphprune.cli.sources import named_object
@@ -17,13 +18,19 @@ _LOSS = f"the name of a loss in torch.nn.functional (cross_entropy), {_DATA}"
 def batches(name: str, seed: int = 0) -> Iterable[Any]:
     """Returns the batches that a name stands for: an iterable, or a callable without arguments that returns one.
 
+    Args:
+        name: of the batches.
+        seed: of what is drawn while they are made; the global random state stays as it was.
+
     Raises:
         InputError: there is nothing of that name, or it gives no batches.
     """
     value, _ = named_object(name, "data", _DATA, seed)
     if callable(value) and not isinstance(value, Iterable):
         try:
-            value = value()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                value = value()
         except Exception as error:
             what = f"{name} raises {type(error).__name__}: {error}"
             raise InputError(what.rstrip("."), "Name a callable that takes no arguments and returns batches") from error
@@ -32,13 +39,13 @@ def batches(name: str, seed: int = 0) -> Iterable[Any]:
     return value
 
 
-def loss_named(name: str) -> Callable[[Any, Any], Any]:
+def loss_named(name: str, seed: int = 0) -> Callable[[Any, Any], Any]:
     """Returns the loss function that a name stands for.
 
     Raises:
         InputError: there is none of that name.
     """
-    value = getattr(F, name, None) if ":" not in name else named_object(name, "a loss", _LOSS)[0]
+    value = getattr(F, name, None) if ":" not in name else named_object(name, "a loss", _LOSS, seed)[0]
     if not callable(value):
         raise InputError(f"{name!r} is no loss function", f"Write {_LOSS}")
     function: Callable[[Any, Any], Any] = value

@@ -84,7 +84,7 @@ def prune(
     from graphprune.pruning import prune as pruned
 
     screen: Screen = ctx.obj
-    amount, budget = _amount(sparsity, macs, params, config)
+    share, budget = amount(sparsity, macs, params, config)
     measure = criterion_named(criterion)
     options: dict[str, Any] = {
         "mode": mode.value,
@@ -100,9 +100,9 @@ def prune(
             loaded = Request(model, inputs or (), weights, dtype and dtype.value, seed).load()
         with screen.busy("pruning and verifying"):
             shown: dict[str, Any] = {"data": batches(data, seed) if data else None, "loss": loss_named(loss) if loss else None}
-            small, report = pruned(loaded.model, loaded.inputs, amount, measure, budget=budget, **shown, **options)
-        exported = _write(screen, folder, loaded, small, onnx=onnx)
-        asked = {"sparsity": None if config is not None or budget is not None else amount, "criterion": criterion, "data": data,
+            small, report = pruned(loaded.model, loaded.inputs, share, measure, budget=budget, **shown, **options)
+        exported = write_models(screen, folder, loaded, small, onnx=onnx)
+        asked = {"sparsity": None if config is not None or budget is not None else share, "criterion": criterion, "data": data,
                  "loss": loss, **options}  # fmt: skip
         names = sorted([*(file.name for file in folder.iterdir()), "report.json"])
         facts = {**loaded.facts(), "asked": asked, **report.to_dict(), "onnx": exported, "files": [out / name for name in names]}
@@ -110,7 +110,7 @@ def prune(
     screen.result(facts, loaded.title(), report, f"Wrote {', '.join(names)} into {out}")
 
 
-def _amount(sparsity: float | None, macs: float | None, params: float | None, config: Path | None) -> tuple[float, Budget | None]:
+def amount(sparsity: float | None, macs: float | None, params: float | None, config: Path | None) -> tuple[float, Budget | None]:
     """Returns the sparsity and the budget that options ask for.
 
     Raises:
@@ -127,7 +127,7 @@ def _amount(sparsity: float | None, macs: float | None, params: float | None, co
     return check_sparsity(_DEFAULT_SPARSITY if sparsity is None else sparsity, "--sparsity"), budget
 
 
-def _write(screen: Screen, folder: Path, loaded: Loaded, small: nn.Module, *, onnx: bool) -> dict[str, Any]:
+def write_models(screen: Screen, folder: Path, loaded: Loaded, small: nn.Module, *, onnx: bool) -> dict[str, Any]:
     """Writes the tensors and, where asked for, the ONNX files; returns the facts of the latter by name."""
     from graphprune.recipes import save
 

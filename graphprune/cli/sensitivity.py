@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphprune.cli import arguments, files
+from graphprune.cli import arguments, evaluating, files
 from graphprune.cli.screen import Screen, to_json
-from graphprune.errors import ConfigError
-
-
-class Metric(str, Enum):
-    """How a model is scored, higher = better."""
-
-    accuracy = "accuracy"
-    loss = "loss"
 
 
 def sensitivity(
     ctx: typer.Context,
     model: arguments.Model,
     *,
-    data: Annotated[
-        str, typer.Option("--data", metavar="NAME", help="Batches to score on: package.module:callable or path/file.py:callable.")
-    ],
+    data: evaluating.Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files, made when absent; a second run goes on there.")],
-    metric: Annotated[
-        Metric | None, typer.Option("--metric", help="Score by accuracy, or by minus the loss. Default: the loss where one is given.")
-    ] = None,
+    metric: evaluating.MetricOption = None,
     loss: arguments.Loss = None,
     sparsity: Annotated[
         list[float] | None,
@@ -50,35 +37,36 @@ def sensitivity(
         Path | None,
         typer.Option("--config", metavar="FILE", help="Config list, a JSON file: which layers, and the most that each may lose."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Score on the first N batches alone.")] = None,
+    limit: evaluating.Limit = None,
+    processes: evaluating.Processes = 1,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the curves as well.")] = True,
 ) -> None:
     """Prune one group of channels at a time and score the model: writes sensitivity.csv, sensitivity.png and sensitivity.json.
 
     Every score is kept in the folder as well: after an interruption, the same command goes on where it was.
     """
-    from graphprune.cli.data import batches, loss_named
     from graphprune.cli.loading import Request
-    from graphprune.search.evaluators import DataEvaluator
     from graphprune.search.sensitivity import SPARSITIES
     from graphprune.search.sensitivity import sensitivity as analysis
 
     screen: Screen = ctx.obj
-    kind: Any = (metric or (Metric.loss if loss else Metric.accuracy)).value
-    if kind == "loss" and loss is None:
-        raise ConfigError("--metric loss is given without a loss", "Name one, as in --loss cross_entropy")
-    asked: dict[str, Any] = {"data": data, "metric": kind, "loss": loss, "criterion": criterion, "early_stop": early_stop, "limit": limit,
-                             "sparsities": list(sparsity or SPARSITIES)}  # fmt: skip
+    scoring = evaluating.Scoring.asked(data, metric, loss, limit, seed)
+    asked: dict[str, Any] = {
+        **scoring.facts(),
+        "criterion": criterion,
+        "early_stop": early_stop,
+        "sparsities": list(sparsity or SPARSITIES),
+    }
     entries = files.read_config(config) if config is not None else None
     with files.collected(out) as folder:
         with screen.busy(f"building {model}"):
-            loaded = Request(model, inputs or (), weights, dtype and dtype.value, seed).load()
-        given, lost = batches(data, seed), loss_named(loss) if loss else None
-        evaluator = DataEvaluator(given, kind, lost, limit)
+            loaded, scorer = Request(model, inputs or (), weights, dtype and dtype.value, seed).load(), evaluating.Scorer(model, scoring)
         with screen.bars() as bars:
+            known_as = f"{data} {scoring.metric} {loss or ''} {limit or ''}"
             options: dict[str, Any] = {"criterion": criterion, "early_stop": early_stop, "config_list": entries, "seed": seed,
-                                       "data": given, "loss": lost, "name": f"{data} {kind} {loss or ''} {limit or ''}"}  # fmt: skip
-            found = analysis(loaded.model, loaded.inputs, evaluator, sparsities=asked["sparsities"], folder=out, progress=bars, **options)
+                                       "data": scorer.evaluator.batches, "loss": scorer.evaluator.loss, "name": known_as,
+                                       "processes": processes}  # fmt: skip
+            found = analysis(loaded.model, loaded.inputs, scorer, sparsities=asked["sparsities"], folder=out, progress=bars, **options)
         found.to_csv(folder / "sensitivity.csv")
         if plot:
             found.plot(folder / "sensitivity.png")

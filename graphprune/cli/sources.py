@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from torch import nn
 from graphprune.errors import FileError, GraphPruneError, InputError, nearest
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:callable or path/file.py:callable"
+_ORIGINS: dict[str, tuple[int, int, int]] = {}  # name of a module from a file -> when the file was written, its size, and the seed
 IMAGE = (3, 224, 224)
 """The image that a model of torchvision takes, and one of timm that says nothing else: channels, height, width."""
 
@@ -105,21 +107,27 @@ def named_object(name: str, kind: str, forms: str, seed: int = 0) -> tuple[Any, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         is_file = place.endswith(".py") or "/" in place or os.sep in place
-        module = _from_file(Path(place)) if is_file else _from_package(place)
+        module = _from_file(Path(place), seed) if is_file else _from_package(place)
     candidates = _candidates(module)
     if not hasattr(module, target):
         raise InputError(f"{place} has no {target!r}{_hint(target, candidates)}", _listed(candidates))
     return getattr(module, target), candidates
 
 
-def _from_file(path: Path) -> ModuleType:
-    """Returns the module in a file, whose folder is importable from then on, as if the file were run."""
+def _from_file(path: Path, seed: int) -> ModuleType:
+    """Returns the module in a file, whose folder is importable from then on, as if the file were run.
+
+    A file that names the model and the data too is run once: what it defines would be there twice, and could not be pickled.
+    """
     if not path.is_file():
         raise FileError(f"there is no file {str(path)!r}", f"Check the path; models are named {FORMS}")
-    folder = str(path.resolve().parent)
+    folder, changed = str(path.resolve().parent), path.stat()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    name = f"_graphprune_model_{path.stem}"
+    name = f"_graphprune_{path.stem}_{zlib.crc32(folder.encode()):08x}"
+    origin = (changed.st_mtime_ns, changed.st_size, seed)
+    if name in sys.modules and _ORIGINS.get(name) == origin:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{str(path)!r} is no Python file", f"Models are named {FORMS}")
@@ -130,6 +138,7 @@ def _from_file(path: Path) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise InputError(f"{str(path)!r} cannot be imported: {_said(error)}", "Correct the file, or install what it imports") from error
+    _ORIGINS[name] = origin
     return module
 
 
