@@ -55,6 +55,7 @@ _FORMER = {
     "experiment_data_dir": "folder=",
     "checkpoint_dir": "folder=",
     "keep_class": "nothing: the widths of other groups would change with those of one",
+    "reconstruct": "short_term_fine_tuner=, which is given every proposal",
 }
 
 
@@ -118,9 +119,9 @@ class NetAdaptPruner(SearchPruner):
     Keyword Args:
         example_inputs: what the model is run on to find its groups.
         decay: what the step is multiplied with after every iteration, in (0, 1].
-        cost: in place of a budget: from a shrunk model to what it costs, such as its measured milliseconds; fewer channels should not cost
-            more. It is asked for every width that is looked at.
-        target: of `cost`: what to come down to.
+        cost: in place of a budget: from a shrunk model to what it costs, such as `graphprune.OnnxLatency`, its measured milliseconds; fewer
+            channels should not cost more. It is asked once for every combination of widths that is looked at.
+        target: of `cost`: what to come down to, in its unit. A run that is continued must be given the same number.
         seed: of the random numbers that fine-tuning and evaluation see: the same for all proposals of one iteration.
         folder: where the run is kept, proposal by proposal; one that was interrupted goes on there, with the same result.
         progress: show a bar with scores, sparsity and time left; how many proposals there will be is an estimate.
