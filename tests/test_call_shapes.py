@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import graphprune as gp
 from graphprune import compat
 from tests.support.handmade import residual
+from tests.support.noise import epochs_trainer as trainer
+from tests.support.noise import score
 from tests.support.untouched import changes, snapshot
 
 CONVS = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
@@ -22,22 +23,6 @@ EVERYWHERE = [{"sparsity": 0.5, "op_types": ["default"]}]
 
 class TorchEvaluator:
     """What the second and third version take in the place of a trainer, an evaluator and data: no function."""
-
-
-def trainer(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Callable[..., Tensor], epoch: int = 0) -> None:
-    """Trains for two steps on noise."""
-    generator = torch.Generator().manual_seed(epoch)
-    for _ in range(2):
-        optimizer.zero_grad()
-        images = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=generator)
-        criterion(model(images), torch.randint(5, (4,), generator=generator)).backward()
-        optimizer.step()
-
-
-def score(model: nn.Module) -> float:
-    """Returns minus the mean square of the outputs on ones."""
-    with torch.no_grad():
-        return -float(model(torch.ones(1, 3, 4, 4, dtype=torch.float64)).square().mean())
 
 
 @dataclass(frozen=True)

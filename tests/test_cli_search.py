@@ -18,6 +18,7 @@ import graphprune as gp
 from graphprune.cli import app
 from graphprune.cli.sources import find
 from graphprune.search.evaluators import DataEvaluator
+from tests.support.cli_models import DATA
 
 pytest.importorskip("optuna")
 pytest.importorskip("cmaes")
@@ -37,16 +38,6 @@ class Net(nn.Module):
     def forward(self, x):
         x = torch.relu(self.b(torch.relu(self.n(self.a(x)))))
         return self.fc(torch.relu(self.c(x)).mean((2, 3)))
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)) for _ in range(3)]
-
-def once():
-    return iter(batches())
-
-def broken(output, target):
-    raise ValueError("out of order")
 '''
 IMAGE = ("--input", "2,3,8,8")
 BUDGET = gp.Budget(macs=0.5)
@@ -57,7 +48,7 @@ EVERYWHERE = [{"op_types": ["default"]}]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python file with a small model, its data and its losses."""
     path = tmp_path_factory.mktemp("models") / "searched_models.py"
-    path.write_text(MODELS)
+    path.write_text(MODELS + DATA)
     return path
 
 

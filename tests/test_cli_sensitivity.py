@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import graphprune as gp
 from graphprune.cli import app
 from graphprune.cli.sources import find
+from tests.support.cli_models import DATA
 
 MODELS = '''
 import torch
@@ -29,16 +30,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)) for _ in range(3)]
-
-def once():
-    return iter(batches())
-
-def broken(output, target):
-    raise ValueError("out of order")
 '''
 IMAGE = ("--input", "2,3,8,8")
 
@@ -47,7 +38,7 @@ IMAGE = ("--input", "2,3,8,8")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python file with a tiny model and its data."""
     path = tmp_path_factory.mktemp("models") / "sensitive_models.py"
-    path.write_text(MODELS)
+    path.write_text(MODELS + DATA)
     return path
 
 

@@ -15,22 +15,13 @@ import graphprune as gp
 from graphprune import compat
 from graphprune.schedules import agp
 from tests.support.handmade import Residual, residual
+from tests.support.noise import trainer
 from tests.support.operators import Network
 from tests.support.untouched import changes, snapshot
 
 CONVS = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
 DEFAULT = [{"sparsity": 0.5, "op_types": "default"}]
 AGP = [{"initial_sparsity": 0.1, "final_sparsity": 0.8, "start_epoch": 2, "end_epoch": 8, "frequency": 2, "op_types": "default"}]
-
-
-def trainer(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Callable[..., torch.Tensor]) -> None:
-    """Trains for three steps on noise."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        images = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=generator)
-        criterion(model(images), torch.randint(5, (4,), generator=generator)).backward()
-        optimizer.step()
 
 
 def training(model: nn.Module, momentum: float = 0.9) -> tuple[Any, Any, Any]:

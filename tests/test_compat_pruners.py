@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune import compat
 from tests.support.handmade import Residual, residual
+from tests.support.noise import score, trainer
 from tests.support.untouched import changes, snapshot
 
 CONVS = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
@@ -23,22 +24,6 @@ DEFAULT = [{"sparsity": 0.5, "op_types": ["default"]}]
 PLACES = [{"op_types": ["Conv2d"]}]
 TICKETS = [{"sparsity": 0.75, "prune_iterations": 3, "op_types": ["Conv2d"]}]
 ENTROPY = nn.CrossEntropyLoss()
-
-
-def trainer(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Callable[..., Tensor]) -> None:
-    """Trains for two steps on noise."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        images = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=generator)
-        criterion(model(images), torch.randint(5, (4,), generator=generator)).backward()
-        optimizer.step()
-
-
-def score(model: nn.Module) -> float:
-    """Returns minus the mean square of the outputs on ones."""
-    with torch.no_grad():
-        return -float(model(torch.ones(1, 3, 4, 4, dtype=torch.float64)).square().mean())
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
