@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,21 +180,18 @@ def test_distances_in_blocks_are_distances(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 _MEMORY = """
-import resource
 import numpy, torch
 import graphprune as gp
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from tests.support.memory import peak_bytes
 
 def part(weight):
     return gp.Part(weight, gp.Slice("w", 0, numpy.arange(weight.shape[0])[:, None], produces=True))
 
 gp.FPGM()(part(torch.randn(64, 8)))
 weight = torch.randn(2048, 2048, 3, 3)
-before = peak()
+before = peak_bytes()
 scores = gp.FPGM()(part(weight))
-above = peak() - before
+above = peak_bytes() - before
 some = [0, 2047]
 loops = [sum(float((weight[i : i + 64] - weight[j]).flatten(1).norm(dim=1).sum()) for i in range(0, 2048, 64)) for j in some]
 assert torch.allclose(scores[some], torch.tensor(loops, dtype=torch.float64), rtol=1e-6), (scores[some], loops)
@@ -203,7 +201,7 @@ print(above)
 
 def test_fpgm_of_2048_filters_stays_below_one_gibibyte() -> None:
     """2048 filters of 2048 x 3 x 3 are scored in less than 1 GiB above what the weights themselves take, and rightly."""
-    ran = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=False)  # noqa: S603 (our own text)
+    ran = subprocess.run([sys.executable, "-c", _MEMORY], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)  # noqa: S603 (our own text)
     assert ran.returncode == 0, ran.stderr
     assert 0 < int(ran.stdout) < 2**30
 

@@ -64,31 +64,24 @@ def build(layers: int, vocabulary: int) -> nn.Module:
     return model.eval()
 
 
-def peak() -> float | None:
-    """Returns the most memory that this process has held, in GiB; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def measure(model: nn.Module, tokens: int) -> dict[str, Any]:
     """Returns what tracing took, and what it found."""
     import torch
 
     import graphprune as gp
+    from tests.support.memory import peak_bytes
 
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     start = time.perf_counter()
     graph = gp.trace(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     seconds = time.perf_counter() - start
+    held = peak_bytes()
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": seconds,
         "seconds_recording": graph.seconds["trace"],
         "seconds_grouping": graph.seconds["groups"],
-        "peak_gib": peak(),
+        "peak_gib": None if held is None else held / 2**30,
         "groups": len(graph.groups),
         "channels": sum(group.channels for group in graph),
         "slices": sum(len(group.slices) for group in graph),

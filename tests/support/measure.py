@@ -26,6 +26,7 @@ from tests.support.invariants import (
     permutation_error,
     train_step,
 )
+from tests.support.memory import peak_bytes
 from tests.support.networks import Network, cast, load_randomised
 from tests.support.outputs import relative_error, shapes
 from tests.support.zoo_arithmetic import DoublePrecision, in_double
@@ -35,11 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from torch import nn
-
-try:
-    import resource
-except ImportError:  # Windows: no peak memory there
-    resource = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 _Result = TypeVar("_Result")
@@ -341,7 +337,8 @@ def measure(settings: Settings, on_progress: Callable[[Record], None] = lambda _
             record["failures"][stage] = last_line(error)
             traceback.print_exc(file=sys.stderr)
         record["stage_seconds"][stage] = time.perf_counter() - start
-        record.update(peak_rss_mib=peak_rss_mib(), cpu_seconds=time.process_time())
+        peak = peak_bytes()
+        record.update(peak_rss_mib=None if peak is None else peak / 2**20, cpu_seconds=time.process_time())
     record.update(stage="", finished=True)
     return record
 
@@ -358,11 +355,3 @@ def last_line(error: BaseException) -> str:
     """Returns the type of an exception and the last line of its message, which says most in chained tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
-def peak_rss_mib() -> float | None:
-    """Returns the largest resident memory of this process so far in MiB, None where the system does not say."""
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
