@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from graphprune.errors import ConfigError, FileError, InputError
 from graphprune.search.annealing import Annealing, Cooling, Move, SimulatedAnnealingPruner
 from graphprune.search.base import SearchResult, run
 from tests.support.analytic import Analytic, Stopped, network
+from tests.support.killing import FORKS, kill
 from tests.support.operators import images
 from tests.support.untouched import changes, snapshot
 
@@ -106,27 +103,17 @@ def test_interrupted_at_any_trial_ends_as_uninterrupted(tmp_path: Path) -> None:
     assert anneal(Analytic(), 30, seed=1) != whole
 
 
-SCRIPT = """
-import sys
-from tests.support.analytic import Analytic
-from tests.test_annealing import anneal
-result, moves = anneal(Analytic(pause=0.1), 60, folder=sys.argv[1])
-"""
+def annealed(folder: Path | None) -> Any:
+    """Returns the trials and moves of a run that is kept in a folder; what a process that may be killed does."""
+    result, moves = anneal(Analytic(pause=0.02), 60, folder=folder)
+    return result.history, moves
 
 
 @pytest.mark.slow
+@FORKS
 def test_killed_at_ten_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
-    """A process that gets SIGKILL, ten times at random moments, leaves a run that ends as one that was left alone."""
-    moments = random.Random(0)  # noqa: S311 (moments, not secrets)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
-    for _ in range(10):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment)  # noqa: S603 (our own words)
-        time.sleep(moments.uniform(2.5, 4.0))
-        process.kill()
-        process.wait()
-    result, moves = anneal(Analytic(), 60, folder=tmp_path)
-    expected = anneal(Analytic(), 60)
-    assert (result.history, moves) == (expected[0].history, expected[1])
+    """Processes that get SIGKILL at random moments leave a run that ends as one that was left alone."""
+    kill("tests.test_annealing", "annealed", tmp_path)
 
 
 # -- the pruner ----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import itertools
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from graphprune.search.allocation import Projection, Remaining, narrowed
 from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.scattering import scattered
 from tests.support.analytic import Stopped
-from tests.support.killing import kill
+from tests.support.killing import FORKS, kill
 from tests.support.searches import TRAINING, accuracy, digits
 from tests.support.untouched import changes, snapshot
 
@@ -481,7 +480,7 @@ def run_of(folder: Path | None, speedup: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
+@FORKS
 @pytest.mark.parametrize("speedup", ["removal", "masks"])
 def test_killed_runs_end_like_uninterrupted_ones(speedup: str, tmp_path: Path) -> None:
     """After ten SIGKILLs at random moments weights, masks, records and the best round are bit-identical to an uninterrupted run's."""

@@ -25,7 +25,7 @@ from graphprune.search.base import SearchResult
 from graphprune.search.netadapt import NetAdaptPruner
 from tests.support import sensitivity_cases
 from tests.support.analytic import network
-from tests.support.killing import ROOT, kill
+from tests.support.killing import FORKS, ROOT, kill
 from tests.support.operators import images
 
 EVERYWHERE = [{"op_types": ["Conv2d"]}]
@@ -115,7 +115,7 @@ SEARCHES: tuple[Callable[[Path | None], dict[str, Any]], ...] = (netadapt, amc, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
+@FORKS
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda search: str(search.__name__))
 def test_killed_at_ten_random_moments_ends_as_uninterrupted(search: Callable[..., Any], tmp_path: Path) -> None:
     """After ten SIGKILLs trials, records, masks, weights and the global generators are those of an uninterrupted run, bit by bit."""

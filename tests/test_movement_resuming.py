@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 import graphprune as gp
 from graphprune.schedules import Movement, MovementPruner
 from graphprune.training import Trainer
-from tests.support.killing import kill, same
+from tests.support.killing import FORKS, kill, same
 
 EPOCHS = 4
 KINDS: dict[str, dict[str, Any]] = {
@@ -366,9 +365,6 @@ def run(folder: Path | None, kind: str, optimizer: str) -> dict[str, Any]:
     """Trains for twelve epochs; what a process that may be killed does."""
     found = outcome(pruner(kind, optimizer, folder, training_epochs=12, cool_down_beginning_step=40))
     return {**found, "history": [asdict(record) | {"seconds": 0.0} for record in found["history"]]}
-
-
-FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
 
 
 @FORKS

@@ -2,110 +2,64 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.schedules import AGPPruner, LinearPruner
+from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner
+from tests.support.killing import FORKS, kill
 
-_SCRIPT = """
-import os, random, signal, sys, time, warnings
-from pathlib import Path
-import torch
-from torch import nn
-from torch.nn import functional as F
-from graphprune.schedules import AGPPruner, LotteryTicketPruner
 
-torch.set_num_threads(1)
-KIND, FOLDER, KILLS = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-
-def pruner(folder):
+def run_of(folder: Path | None, kind: str) -> Any:
+    """Returns all that a run of one kind leaves; what a process that may be killed does."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 12, 3), nn.ReLU(),
-                          nn.Flatten(), nn.Linear(192, 3))
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(192, 3))
     x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 3, (64,))
 
-    def train(now, optimizer, criterion):
+    def train(now: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any) -> None:
         order = torch.randperm(64)
         for i in range(0, 64, 16):
             optimizer.zero_grad()
             criterion(now(x[order[i : i + 16]]), y[order[i : i + 16]]).backward()
             optimizer.step()
 
-    def evaluator(now):
-        now.eval()
-        with torch.no_grad():
-            return -float(F.cross_entropy(now(x), y))
+    @torch.no_grad()
+    def evaluator(now: nn.Module) -> float:
+        return -float(F.cross_entropy(now.eval()(x), y))
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    extra = dict(trainer=train, optimizer=optimizer, criterion=F.cross_entropy, evaluator=evaluator, example_inputs=x[:1], folder=folder,
-                 training_epochs=2)
+    extra: dict[str, Any] = {"trainer": train, "optimizer": torch.optim.Adam(model.parameters(), lr=1e-2), "criterion": F.cross_entropy}
+    extra |= {"evaluator": evaluator, "example_inputs": x[:1], "folder": folder, "training_epochs": 2}
     entries = [{"sparsity": 0.7, "op_types": ["default"]}]
-    if KIND == "agp":
-        return AGPPruner(model, entries, "level", 10, **extra)
-    if KIND == "agp physical":
-        return AGPPruner(model, entries, "taylorfo", 6, speedup=True, **extra)
-    step = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5)
-    return LotteryTicketPruner(model, entries, "l1", 4, speedup=True, rewind_epoch=1, lr_scheduler=step, **extra)
-
-def result(made):
-    model, masks = made.compress()
-    best = made.best
-    return {"model": model.state_dict(), "masks": {n: torch.as_tensor(masks[n]) for n in masks}, "history": made.history.to_dicts(),
-            "best": best.model.state_dict(), "best_masks": {n: torch.as_tensor(best.masks[n]) for n in best.masks},
-            "number": best.round.number}
-
-start = time.perf_counter()
-whole = result(pruner(None))
-took = time.perf_counter() - start
-chance, kills = random.Random(KIND), 0
-while True:
-    child = os.fork()
-    if not child:
-        torch.save(result(pruner(FOLDER)), FOLDER / "result.pt")
-        os._exit(0)
-    if kills < KILLS:
-        time.sleep(chance.uniform(0.0, took / 3))
-        os.kill(child, signal.SIGKILL)
-        kills += 1
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and kills == KILLS:
-        assert status == 0
-        break
-again = torch.load(FOLDER / "result.pt", weights_only=False)
-for name in ("model", "masks", "best", "best_masks"):
-    assert set(whole[name]) == set(again[name]), name
-    for key, value in whole[name].items():
-        assert torch.equal(value, again[name][key]), (name, key)
-assert whole["number"] == again["number"]
-plain = [[{k: v for k, v in r.items() if k != "seconds"} for r in found["history"]] for found in (whole, again)]
-assert plain[0] == plain[1]
-print(kills, len(plain[0]), whole["number"])
-"""
-
-
-FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
-
-
-def killed(kind: str, folder: Path, kills: int) -> None:
-    """Kills a run so many times, and compares what the last process left with an uninterrupted run."""
-    command = [sys.executable, "-c", _SCRIPT, kind, str(folder), str(kills)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)  # noqa: S603 (ourselves)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{kills} ")
+    pruner: AGPPruner | LotteryTicketPruner
+    if kind == "agp":
+        pruner = AGPPruner(model, entries, "level", 10, **extra)
+    elif kind == "agp physical":
+        pruner = AGPPruner(model, entries, "taylorfo", 6, speedup=True, **extra)
+    else:
+        extra["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        pruner = LotteryTicketPruner(model, entries, "l1", 4, speedup=True, rewind_epoch=1, **extra)
+    last, masks = pruner.compress()
+    best = pruner.best
+    return {
+        "model": last.state_dict(),
+        "masks": {name: torch.as_tensor(masks[name]) for name in masks},
+        "best": best.model.state_dict(),
+        "best masks": {name: torch.as_tensor(best.masks[name]) for name in best.masks},
+        "history": [{k: v for k, v in record.items() if k != "seconds"} for record in pruner.history.to_dicts()],
+        "number": best.round.number,
+    }
 
 
 @FORKS
 def test_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     """After three SIGKILLs weights, masks, scores and the best round are bit-identical to an uninterrupted run's."""
-    killed("agp physical", tmp_path, 3)
+    kill("tests.test_resuming", "run_of", tmp_path, "agp physical", kills=3)
 
 
 @FORKS
@@ -113,7 +67,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["agp", "agp physical", "lottery"])
 def test_runs_killed_at_ten_moments_end_like_uninterrupted_ones(kind: str, tmp_path: Path) -> None:
     """So they are after ten at random moments, with masks, with channels removed, and with rewound weights."""
-    killed(kind, tmp_path, 10)
+    kill("tests.test_resuming", "run_of", tmp_path, kind)
 
 
 def test_a_folder_of_another_run_is_refused_and_a_finished_one_is_read(tmp_path: Path) -> None:

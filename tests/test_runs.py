@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import graphprune as gp
 from graphprune.runs import Run, digest, plain
+from tests.support.killing import FORKS
 
 
 def _draws() -> list[float]:
@@ -157,7 +158,7 @@ for _ in range(10):
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
+@FORKS
 def test_kill_at_any_moment_leaves_a_complete_save(tmp_path: Path) -> None:
     """Ten processes that save in a loop are killed with SIGKILL at random moments: the file always loads, and is one whole save."""
     command = [sys.executable, "-c", _SAVES, str(tmp_path)]

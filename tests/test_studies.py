@@ -6,7 +6,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from graphprune.search.parallel import run_study
 from graphprune.search.studies import Point, Sampler, Study, front
 from graphprune.search.timing import OnnxLatency
 from tests.support.analytic import Analytic, Stopped, network
+from tests.support.killing import FORKS, kill
 from tests.support.operators import images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,26 +195,19 @@ def test_trials_of_others_are_counted_and_their_scores_are_used(tmp_path: Path) 
     assert {t.state.name for t in one.study.get_trials()} == {"COMPLETE"}
 
 
-SCRIPT = """
-import sys
-from graphprune.search.studies import Study
-from tests.support.analytic import Analytic
-Study(Analytic(pause=0.1), storage=sys.argv[1]).run(30)
-"""
+def study_of(folder: Path | None) -> Any:
+    """Returns the trials of a study, stored in a folder; what a process that may be killed does."""
+    if folder is None:
+        return Study(Analytic()).run(30).history
+    folder.mkdir(exist_ok=True)
+    return Study(Analytic(pause=0.02), storage=folder / "study.db").run(30).history
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
-    """A process that gets SIGKILL, five times at random moments, leaves a study that ends as one that was left alone."""
-    moments = random.Random(0)  # noqa: S311 (moments, not secrets)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
-    for _ in range(5):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "study.db")], cwd=ROOT, env=environment)  # noqa: S603
-        time.sleep(moments.uniform(4.0, 6.0))
-        process.kill()
-        process.wait()
-    found = Study(Analytic(), storage=tmp_path / "study.db").run(30)
-    assert found.history == Study(Analytic()).run(30).history
+@FORKS
+def test_killed_at_ten_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
+    """Processes that get SIGKILL at random moments leave a study that ends as one that was left alone."""
+    kill("tests.test_studies", "study_of", tmp_path)
 
 
 @pytest.mark.slow
@@ -330,6 +323,38 @@ def test_unusable_arguments_are_refused(options: dict[str, Any], message: str) -
     """Before anything is stored."""
     with pytest.raises(ConfigError, match=message):
         Study(Analytic(), **options)
+
+
+RACE = """
+import multiprocessing, sys
+import alembic.config, optuna
+from graphprune.search.storages import opened, quietly
+
+def open_all(barrier, said):
+    with quietly():
+        for number in range(4):
+            barrier.wait()
+            try:
+                said.put(opened(f"{sys.argv[1]}/{number}.db", "study", 1).study_name)
+            except Exception as error:
+                said.put(repr(error))
+
+context = multiprocessing.get_context("fork")
+barrier, said = context.Barrier(3), context.Queue()
+others = [context.Process(target=open_all, args=(barrier, said)) for _ in range(3)]
+for other in others:
+    other.start()
+print({said.get() for _ in range(12)})
+"""
+
+
+@FORKS
+def test_processes_that_make_a_storage_at_once_all_open_it(tmp_path: Path) -> None:
+    """Three processes begin a study at the same moment, four times: none of them trips over the tables that another one makes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)  # noqa: S603 (our own words)
+    assert done.stdout.strip() == "{'study'}", done.stderr
 
 
 def test_unusable_storages_are_refused(tmp_path: Path) -> None:

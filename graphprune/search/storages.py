@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import random
 import socket
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ NOBODY = "nobody"
 """The owner of a trial that its process has given up."""
 
 _PROCESS = uuid.uuid4().hex  # tells this process from an earlier one with the same number
+_RACED = ("UNIQUE constraint failed", "already exists", "Duplicate entry", "duplicate key")  # what a database says to the slower process
 _BUSY_SECONDS = 60  # how long a process waits while another one writes to a SQLite file
 
 
@@ -70,15 +73,38 @@ def storage_url(storage: str | os.PathLike[str]) -> str:
     return text if "://" in text else f"sqlite:///{Path(text).absolute().as_posix()}"
 
 
-def opened(storage: str | os.PathLike[str] | None, name: str, objectives: int) -> optuna.Study:
+def opened(storage: str | os.PathLike[str] | None, name: str, objectives: int, patience: int = 20) -> optuna.Study:
     """Returns the study of that name, a new one where there is none.
+
+    Args:
+        storage: the path of a SQLite file, or a database's URL; None keeps the study in memory.
+        name: of the study.
+        objectives: how many.
+        patience: how often to try again where another process is making the same tables at this moment.
 
     Raises:
         FileError: the storage cannot be opened, or the study has another number of objectives.
     """
     package = optuna_package()
-    directions = ["maximize", "minimize"][:objectives]
     url = None if storage is None else storage_url(storage)
+    directions = ["maximize", "minimize"][:objectives]
+    study = _created(package, url, name, directions, patience)
+    while study is None:
+        time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 (not a secret)
+        patience -= 1
+        study = _created(package, url, name, directions, patience)
+    if len(study.directions) != objectives:
+        what = f"the storage holds a study {name!r} of {len(study.directions)} objectives, not {objectives}"
+        raise FileError(what, "Give the same minimize=, or another name=")
+    return study
+
+
+def _created(package: Any, url: str | None, name: str, directions: list[str], patience: int) -> optuna.Study | None:
+    """Returns the study; None where another process was making the storage's tables and there is patience left.
+
+    Raises:
+        FileError: the storage cannot be opened.
+    """
     try:
         kept = None
         if url is not None:
@@ -90,10 +116,9 @@ def opened(storage: str | os.PathLike[str] | None, name: str, objectives: int) -
     except Exception as error:
         if not type(error).__module__.startswith("sqlalchemy"):
             raise
+        if patience > 0 and any(words in str(error) for words in _RACED):
+            return None
         raise _unusable(url, error) from error
-    if len(study.directions) != objectives:
-        what = f"the storage holds a study {name!r} of {len(study.directions)} objectives, not {objectives}"
-        raise FileError(what, "Give the same minimize=, or another name=")
     return study
 
 

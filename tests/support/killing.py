@@ -23,10 +23,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
 
 
 def kill(module: str, function: str, folder: Path, *arguments: str, kills: int = 10) -> None:
