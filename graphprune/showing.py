@@ -7,8 +7,9 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,6 +50,39 @@ def written_csv(path: str | os.PathLike[str], what: str, rows: Iterable[Iterable
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     written(path, what, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8", newline=""))
+
+
+class Drawn(Protocol):
+    """A history that can be written as a table and drawn."""
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one line per record."""
+        ...
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws it."""
+        ...
+
+
+def keep_history(history: Drawn, folder: str | os.PathLike[str] | None, name: str, *, anew: bool = True) -> None:
+    """Writes what happened into the folder of a run: `name`.csv and, where matplotlib is installed, `name`.png.
+
+    Args:
+        history: what happened.
+        folder: where to; None writes nothing.
+        name: of the files.
+        anew: write them although they are there.
+
+    Raises:
+        FileError: they cannot be written.
+    """
+    if folder is None:
+        return
+    csv_path, plot_path = Path(folder) / f"{name}.csv", Path(folder) / f"{name}.png"
+    if anew or not csv_path.exists():
+        history.to_csv(csv_path)
+    if (anew or not plot_path.exists()) and find_spec("matplotlib") is not None:
+        history.plot(plot_path)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -254,6 +254,7 @@ def test_interrupted_at_any_episode_ends_as_uninterrupted(tmp_path: Path, monkey
     assert found.search() == whole.search()
     assert found.episodes == whole.episodes
     assert any(e.loss > 0 for e in found.episodes)
+    assert len((tmp_path / "amc.csv").read_text().splitlines()) == 25
     assert pruner(24, evaluator=Score(stop_at=0), folder=tmp_path, **options).search() == whole.search()  # nothing is evaluated again
     assert pruner(24, **{**options, "seed": 1}).search() != whole.search()
     with pytest.raises(FileError, match="seed"):

@@ -144,6 +144,7 @@ def test_pruner_finds_masks_that_speedup_takes(tmp_path: Path) -> None:
     assert torch.allclose(small.eval()(images(1)), masked.eval()(images(1)), atol=1e-5)
     assert gp.count(small, images(1)) == found.best.cost
     assert not changes(before, snapshot(found.model))
+    assert {"simulated-annealing.csv", "simulated-annealing.png"} < {file.name for file in tmp_path.iterdir()}
     again = pruner([{"op_types": ["Conv2d"], "total_sparsity": 0.5}], tmp_path, evaluator=None)
     assert again.best == found.best  # nothing is evaluated again
     with pytest.raises(FileError, match="seed"):

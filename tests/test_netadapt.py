@@ -190,8 +190,11 @@ def test_interrupted_at_any_proposal_ends_as_uninterrupted(tmp_path: Path) -> No
     assert (found.history, found.steps) == (whole.history, whole.steps)
     assert all((masks[n] == same[n]).all() for n in masks)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert len((tmp_path / "netadapt.csv").read_text().splitlines()) == calls + 1
+    (tmp_path / "netadapt.csv").unlink()  # as if the process had been killed before it was written
     again = pruner(tuner=noise, evaluator=None, seed=3, folder=tmp_path)
     assert again.search() == whole.search()  # nothing is evaluated again
+    assert (tmp_path / "netadapt.csv").exists()
     assert pruner(tuner=noise, seed=4, evaluator=weighed).search() != pruner(tuner=noise, seed=3, evaluator=weighed).search()
     with pytest.raises(FileError, match="seed"):
         pruner(tuner=noise, seed=4, folder=tmp_path).search()

@@ -7,8 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -25,6 +23,7 @@ from graphprune.runs import Run, digest
 from graphprune.schedules.history import Movement, Movements, bar
 from graphprune.schedules.moving import Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
+from graphprune.showing import keep_history
 from graphprune.training import check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ class MovementPruner:
             self.scores = {name: score.detach() for name, score in moving.scores.items()}
             self.achieved = {name: 1.0 - float(flags.double().mean()) for name, flags in moving.kept.items()}
             self.model, self._masks = moving.session.model, self.scored.masks(moving.kept)
-            self._write_history()
+            keep_history(self.history, self.folder, _KIND)
         return self._masks
 
     def _train(self, moving: Moving) -> None:
@@ -237,13 +236,6 @@ class MovementPruner:
             **moving.settings(),
             "model": digest(tensors_of(self.model, {})),
         }
-
-    def _write_history(self) -> None:
-        """Writes the history into the folder, if there is one."""
-        if self.folder is not None:
-            self.history.to_csv(Path(self.folder) / f"{_KIND}.csv")
-            if find_spec("matplotlib") is not None:
-                self.history.plot(Path(self.folder) / f"{_KIND}.png")
 
     def _check_length(self, record: Movement) -> None:
         """Warns behind the first epoch, and raises behind the last, where training does not reach the cool-down."""

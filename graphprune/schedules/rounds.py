@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +33,7 @@ from graphprune.schedules.history import History, Round, bar
 from graphprune.schedules.keeping import held, removed
 from graphprune.schedules.packing import settings_of
 from graphprune.schedules.state import Outcome, State
+from graphprune.showing import keep_history
 from graphprune.training import Course, check_count
 
 if TYPE_CHECKING:
@@ -171,10 +171,7 @@ class RoundsPruner:
                     run.save(*self.state.saved())
                     self._keep(number)
             self._broken = False
-            if self.folder is not None:
-                self.history.to_csv(Path(self.folder) / f"{self.kind}.csv")
-                if find_spec("matplotlib") is not None:
-                    self.history.plot(Path(self.folder) / f"{self.kind}.png")
+            keep_history(self.history, self.folder, self.kind)
         last = self.last
         return last.model, last.masks
 

@@ -27,6 +27,7 @@ from graphprune.search.objective import Constraint, Objective, Trial
 from graphprune.search.pruner import Mode, SearchPruner
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
+from graphprune.showing import keep_history
 from graphprune.training import check_count, refuse_former
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ class AMCPruner(SearchPruner):
             self.history = tuple(Trial.from_dict(plain) for plain in saved.state["history"])
             self.episodes = tuple(Episode(**plain) for plain in saved.state["episodes"])
             self._agent.restore(saved.state["agent"], saved.tensors)
-        known = {tuple(t.sparsities.values()): t for t in self.history}
+        known, before = {tuple(t.sparsities.values()): t for t in self.history}, len(self.history)
         with bar(_KIND, self.total, self.history, shown=self._progress) as shows:
             while len(self.history) < self.total:
                 self._episode(known)
@@ -287,6 +288,7 @@ class AMCPruner(SearchPruner):
                 kept = {"history": [t.to_dict() for t in self.history], "episodes": [asdict(e) for e in self.episodes], "agent": plain}
                 run.save(kept, tensors)
                 shows(self.history[-1], best_of(self.history))
+        keep_history(SearchResult.of(self.history), self._folder, _KIND, anew=len(self.history) > before)
 
     def _episode(self, known: dict[tuple[float, ...], Trial]) -> None:
         """Goes through all groups once, scores the result and learns."""

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,7 +38,7 @@ from graphprune.search.bench import finite
 from graphprune.search.compressing import FORMER, TRAINING, Compression, Compressions, Searching, Ticks, Training, checked_params
 from graphprune.search.scattering import scattered
 from graphprune.search.scoreboard import name_of
-from graphprune.showing import ticking
+from graphprune.showing import keep_history, ticking
 from graphprune.training import check_count, refuse_former
 
 if TYPE_CHECKING:
@@ -185,10 +184,7 @@ class AutoCompressPruner:
                     kept.save(*self._saved())
                     self._keep(number)
             self._broken = False
-            if self.folder is not None:
-                self.history.to_csv(Path(self.folder) / f"{_KIND}.csv")
-                if find_spec("matplotlib") is not None:
-                    self.history.plot(Path(self.folder) / f"{_KIND}.png")
+            keep_history(self.history, self.folder, _KIND)
         last = self.last
         return last.model, cast("Masks", last.masks)
 

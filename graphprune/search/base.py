@@ -14,6 +14,7 @@ from graphprune.errors import ConfigError
 from graphprune.runs import Run
 from graphprune.search.objective import Sparsities, Trial
 from graphprune.search.showing import bar, plotted, table, tabulated
+from graphprune.showing import keep_history
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -130,7 +131,8 @@ def run(
     """Runs a search until it has had so many trials, and returns all of them.
 
     With a folder, every trial is written down before the next begins. A run that was interrupted goes on with the last complete trial
-    when it is started again, with the same random numbers, and ends as if it had not been interrupted; a finished one returns at once.
+    when it is started again, with the same random numbers, and ends as if it had not been interrupted; a finished one returns at once. In
+    the end the trials are written there, as CSV and, by matplotlib, as a plot.
 
     Args:
         objective: scores proposals.
@@ -151,6 +153,7 @@ def run(
     if saved is not None:
         history = [Trial.from_dict(plain) for plain in saved.state["history"]]
         search.restore(saved.state["search"])
+    known = len(history)
     with bar(kind, trials, history, shown=progress) as shows:
         while len(history) < trials:
             trial = objective(objective.project(search.propose()), len(history))
@@ -159,4 +162,6 @@ def run(
             if folder is not None:
                 kept.save({"history": [t.to_dict() for t in history], "search": search.state()})
             shows(trial, best(history))
-    return SearchResult.of(history[:trials])
+    result = SearchResult.of(history[:trials])
+    keep_history(result, folder, kind, anew=len(history) > known)
+    return result

@@ -35,6 +35,7 @@ from graphprune.search.pruner import Mode, SearchPruner
 from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
+from graphprune.showing import keep_history
 from graphprune.surgery.speedup import speedup
 from graphprune.training import refuse_former
 
@@ -226,6 +227,7 @@ class NetAdaptPruner(SearchPruner):
         """Takes steps until the budget is met or nothing can go."""
         run = Run(self._folder, _KIND, self._settings())
         self._restore(run)
+        before = len(self.history)
         dense = {n: s.size for n, s in self.objective.scores.items()}
         steps = max(math.ceil((1.0 - c.target / self._cost(c, dense)) / self.step) for c in self.constraints)
         with bar(_KIND, steps * len(self.objective.groups), self.history, shown=self._progress) as shows:
@@ -238,6 +240,8 @@ class NetAdaptPruner(SearchPruner):
                 else:
                     self._keep_leader()
                 self._save(run)
+        if self.history:
+            keep_history(SearchResult.of(self.history), self._folder, _KIND, anew=len(self.history) > before)
 
     def _propose(self) -> str:
         """Finds what each group must lose to save the step; returns why nothing can, or ""."""
