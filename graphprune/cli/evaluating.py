@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 import typer
@@ -36,6 +37,9 @@ MetricOption: TypeAlias = Annotated[
     MetricName | None, typer.Option("--metric", help="Score by accuracy, or by minus the loss. Default: the loss where one is given.")
 ]
 Limit: TypeAlias = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Score on the first N batches alone.")]
+Config: TypeAlias = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Config list, a JSON file: which layers, and the most that each may lose.")
+]
 Processes: TypeAlias = Annotated[int, typer.Option("--processes", min=1, metavar="N", help="How many processes evaluate at once.")]
 
 

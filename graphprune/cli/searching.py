@@ -147,10 +147,7 @@ def search(
     weights: arguments.Weights = None,
     dtype: arguments.DtypeOption = None,
     seed: arguments.Seed = 0,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Config list, a JSON file: which layers, and the most that each may lose."),
-    ] = None,
+    config: evaluating.Config = None,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the scores as well.")] = True,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write the dense and the pruned model as ONNX as well.")] = True,
 ) -> None:

@@ -33,10 +33,7 @@ def sensitivity(
     weights: arguments.Weights = None,
     dtype: arguments.DtypeOption = None,
     seed: arguments.Seed = 0,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Config list, a JSON file: which layers, and the most that each may lose."),
-    ] = None,
+    config: evaluating.Config = None,
     limit: evaluating.Limit = None,
     processes: evaluating.Processes = 1,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the curves as well.")] = True,
