@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import networkx as nx
@@ -157,6 +158,11 @@ class DependencyGraph:
     def __iter__(self) -> Iterator[Group]:
         """Iterates over the groups."""
         return iter(self.groups)
+
+    def elements(self, name: str) -> int:
+        """Returns how many numbers of parameters compute one channel of a group."""
+        sizes = ((self.shapes[s.parameter], s) for s in self[name].producers)
+        return sum(prod(shape) // shape[s.dim] * s.index.shape[1] for shape, s in sizes)
 
     def __getitem__(self, name: str) -> Group:
         """Returns the group of that name.

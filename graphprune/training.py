@@ -14,7 +14,8 @@ averaged behind every epoch, so that all end with one and the same model. All mu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
@@ -139,6 +140,19 @@ def refuse_evaluator(who: str, trainer: object) -> None:
         raise ConfigError(what, f"Pass a function {_TRAINER}, with optimizer= and criterion=, or data= and loss=; and options by name")
 
 
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Lets a copy be trained or evaluated in the block; afterwards every module has its training flag of before, and no gradients stay."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
 def added(values: Iterable[Tensor]) -> Tensor:
     """Returns the sum of one scalar or more, on the device and in the type of the first."""
     first, *rest = values
@@ -189,8 +203,7 @@ class Session:
             ConfigError: an epoch passed without a step of the optimizer.
             InputError: a penalised weight is no longer finite.
         """
-        flags = [(module, module.training) for module in self.model.modules()]
-        try:
+        with flags_kept(self.model):
             for _ in range(count):
                 before = self.steps
                 self.model.train()
@@ -201,11 +214,6 @@ class Session:
                     raise ConfigError(what, f"Pass a {_TRAINER}, by the model and the optimizer in its arguments")
                 self._share_statistics()
                 self._require_finite()
-        finally:
-            for module, flag in flags:
-                module.training = flag
-            for parameter in self.model.parameters():
-                parameter.grad = None
 
     def _require_finite(self) -> None:
         for name, weight in self.weights.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from graphprune.masks import copied
 from graphprune.runs import plain
 from graphprune.schedules.keeping import held
 from graphprune.schedules.optimizers import slice_optimizer, sliced_state
-from graphprune.training import Course, check_count, course, twin_optimizer
+from graphprune.training import Course, check_count, course, flags_kept, twin_optimizer
 
 if TYPE_CHECKING:
     from graphprune.elements import ElementMasks
@@ -132,21 +133,14 @@ class Trainee:
         Raises:
             ConfigError: the trainer never steps its optimizer.
         """
-        flags = [(module, module.training) for module in self.model.modules()]
-        try:
-            with held(self.model, masks), torch.enable_grad():
-                if self.wishes.finetune is not None:
-                    made = self.wishes.finetune(self.model)
-                    if isinstance(made, nn.Module) and made is not self.model:
-                        what = f"finetune returned another {type(made).__name__} than the one that it was given"
-                        raise ConfigError(what, "Train the model that is passed, in place")
-                elif self.how is not None and self.optimizer is not None and not self.idle:
-                    self._epochs(self.wishes.training_epochs if epochs is None else epochs, since)
-        finally:
-            for module, flag in flags:
-                module.training = flag
-            for parameter in self.model.parameters():
-                parameter.grad = None
+        with flags_kept(self.model), held(self.model, masks), torch.enable_grad():
+            if self.wishes.finetune is not None:
+                made = self.wishes.finetune(self.model)
+                if isinstance(made, nn.Module) and made is not self.model:
+                    what = f"finetune returned another {type(made).__name__} than the one that it was given"
+                    raise ConfigError(what, "Train the model that is passed, in place")
+            elif self.how is not None and self.optimizer is not None and not self.idle:
+                self._epochs(self.wishes.training_epochs if epochs is None else epochs, since)
 
     def _epochs(self, count: int, since: Snapshot | None) -> None:
         assert self.how is not None  # noqa: S101 (for the type checker; the caller has looked)
@@ -203,11 +197,31 @@ class Trainee:
                 on = own[name].device
                 self.optimizer.state[own[name]] = {k: _on(v, own[name], on) for k, v in values.items()}
 
-    @property
-    def strangers(self) -> bool:
-        """Whether the optimizer trains parameters that are not the model's."""
+    def require_no_strangers(self, who: str) -> None:
+        """Raises where the optimizer trains parameters that are not the model's.
+
+        Raises:
+            ConfigError: it does.
+        """
         names = {id(p) for p in self.model.parameters()}
-        return self.optimizer is not None and any(id(p) not in names for g in self.optimizer.param_groups for p in g["params"])
+        if self.optimizer is not None and any(id(p) not in names for g in self.optimizer.param_groups for p in g["params"]):
+            what = f"the optimizer of {who} trains parameters besides the model's, which are not saved"
+            raise ConfigError(what, "Leave folder= out, or move these parameters into the model")
+
+
+def checked_score(value: object, who: str) -> float:
+    """Returns what an evaluator gave, as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        score = float(value)  # type: ignore[arg-type]  # whatever a user's function returns
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the evaluator of {who} returned a {type(value).__name__}", "Return a number, higher = better") from error
+    if math.isnan(score):
+        raise ConfigError(f"the evaluator of {who} returned NaN", "Return a number, higher = better")
+    return score
 
 
 def packed(prefix: str, snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:

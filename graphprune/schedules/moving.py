@@ -6,7 +6,6 @@ how many steps there were. `saved` says it, `restore` puts it back, so that trai
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from torch.optim import Optimizer
 
 from graphprune.errors import ConfigError, InputError
 from graphprune.runs import Saved, digest
+from graphprune.schedules.finetuning import checked_score
 from graphprune.schedules.history import Movement
 from graphprune.schedules.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of
 from graphprune.schedules.tensors import Kept
-from graphprune.training import Session
+from graphprune.training import Session, flags_kept
 
 if TYPE_CHECKING:
     from graphprune.schedules.movement import MovementPruner
@@ -131,14 +131,12 @@ class Moving:
         """Returns what the evaluator says of the masked model; every module has the training flag of before afterwards."""
         if self._pruner.evaluator is None:
             return None
-        flags = [(module, module.training) for module in self.session.model.modules()]
         try:
-            return checked_score(self._pruner.evaluator(self.session.model), self._who)
+            with flags_kept(self.session.model):
+                return checked_score(self._pruner.evaluator(self.session.model), self._who)
         finally:
-            for module, flag in flags:
-                module.training = flag
-            for parameter in (*self.session.model.parameters(), *self._leaves.values()):
-                parameter.grad = None
+            for leaf in self._leaves.values():
+                leaf.grad = None
 
     def settings(self) -> dict[str, Any]:
         """Returns what both optimizers begin with, as plain values."""
@@ -269,21 +267,6 @@ def _holders(model: nn.Module, weights: Mapping[str, nn.Parameter], who: str) ->
                     raise ConfigError(what, "Exclude the layer in the config list")
                 found.append((module, attribute, names[id(parameter)]))
     return found
-
-
-def checked_score(value: object, who: str) -> float:
-    """Returns what an evaluator gave, as a number.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        score = float(value)  # type: ignore[arg-type]  # whatever a user's function returns
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the evaluator of {who} returned a {type(value).__name__}", "Return a number, higher = better") from error
-    if math.isnan(score):
-        raise ConfigError(f"the evaluator of {who} returned NaN", "Return a number, higher = better")
-    return score
 
 
 def _no_penalty(_: Mapping[str, Tensor]) -> Tensor:

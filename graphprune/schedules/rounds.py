@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -27,14 +26,14 @@ from graphprune.pruners import Pruner
 from graphprune.runs import Run, digest
 from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of
 from graphprune.schedules.entries import Planned, planned, relative
-from graphprune.schedules.finetuning import Trainee, Wishes
+from graphprune.schedules.finetuning import Trainee, Wishes, checked_score
 from graphprune.schedules.functions import Linear, Schedule
 from graphprune.schedules.history import History, Round, bar
 from graphprune.schedules.keeping import held, removed
 from graphprune.schedules.packing import settings_of
 from graphprune.schedules.state import Outcome, State
 from graphprune.showing import keep_history
-from graphprune.training import Course, check_count
+from graphprune.training import Course, check_count, flags_kept
 
 if TYPE_CHECKING:
     from graphprune.graph import DependencyGraph
@@ -241,9 +240,8 @@ class RoundsPruner:
         if saved is not None:
             self.state.restore(saved)
             run.load()  # for its random numbers, of which tracing the model may have used some
-        elif run.path is not None and self.state.trainee.strangers:
-            what = f"the optimizer of {type(self).__name__} trains parameters besides the model's, which are not saved"
-            raise ConfigError(what, "Leave folder= out, or move these parameters into the model")
+        elif run.path is not None:
+            self.state.trainee.require_no_strangers(type(self).__name__)
 
     def _round(self, number: int) -> Round:
         start = time.perf_counter()
@@ -294,18 +292,8 @@ class RoundsPruner:
 
     def _score(self, model: nn.Module) -> float:
         assert self.evaluator is not None  # noqa: S101 (the caller has looked)
-        flags = [(module, module.training) for module in model.modules()]
-        score = self.evaluator(model)
-        for module, flag in flags:
-            module.training = flag
-        try:
-            number = float(score)
-        except (TypeError, ValueError) as error:
-            what = f"the evaluator of {type(self).__name__} returned a {type(score).__name__}"
-            raise ConfigError(what, "Return a number, higher = better") from error
-        if np.isnan(number):
-            raise ConfigError(f"the evaluator of {type(self).__name__} returned NaN", "Return a number, higher = better")
-        return number
+        with flags_kept(model):
+            return checked_score(self.evaluator(model), type(self).__name__)
 
     def _cost(self) -> tuple[int, int | None]:
         """Returns the parameters and, for channels, the MACs of what is left."""

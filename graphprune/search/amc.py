@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import floor, prod
+from math import floor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from graphprune.search.base import best as best_of
 from graphprune.search.bench import same_random
 from graphprune.search.ddpg import DDPG, Agent, Transition
 from graphprune.search.objective import Constraint, Objective, Trial
-from graphprune.search.pruner import Mode, SearchPruner
+from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
 from graphprune.showing import keep_history
@@ -87,10 +87,8 @@ class Course:
     @cached_property
     def _fixed(self) -> list[tuple[float, float]]:
         """Of every group the channels, and the elements of the weights that compute one of them."""
-        graph, shapes = self.objective.graph, self.objective.graph.shapes
-        groups = [graph[name] for name in self.objective.groups]
-        sizes = [sum(prod(shapes[s.parameter]) // shapes[s.parameter][s.dim] * s.index.shape[1] for s in g.producers) for g in groups]
-        return [(float(g.channels), float(size)) for g, size in zip(groups, sizes, strict=True)]
+        graph = self.objective.graph
+        return [(float(graph[name].channels), float(graph.elements(name))) for name in self.objective.groups]
 
     def features(self, at: int, counts: Mapping[str, int], before: float) -> Tensor:
         """Returns what the agent sees before it acts on a group, numbers in [0, 1] by `FEATURES`, float32.
@@ -241,7 +239,7 @@ class AMCPruner(SearchPruner):
         limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, **options}
         limits["reconstruct"] = reconstruct
         super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits)
-        self.require(self.objective.constraints)
+        require_constraints(self.objective.constraints, type(self).__name__)
         self.course = Course(self.objective)
         self.history: tuple[Trial, ...] = ()
         self.episodes: tuple[Episode, ...] = ()

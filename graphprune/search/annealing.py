@@ -21,7 +21,7 @@ from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
 from graphprune.search.base import SearchResult, run
 from graphprune.search.objective import Sparsities, Trial
-from graphprune.search.pruner import Mode, SearchPruner
+from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.training import check_count, refuse_former
 
 if TYPE_CHECKING:
@@ -89,6 +89,16 @@ class Cooling:
             raise ConfigError(f"temperatures from {self.start!r} to {self.stop!r}", "Give a start above a stop above 0, such as 100 and 20")
         if not 0 < self.rate < 1:
             raise ConfigError(f"cool_down_rate is {self.rate!r}", "Give a number between 0 and 1, such as 0.9")
+
+    @classmethod
+    def of(cls, start: float, stop: float, rate: float, trials: int | None) -> Cooling:
+        """Returns how the temperature falls at a rate, or, where there is a number of trials, in so many.
+
+        Raises:
+            ConfigError: a number is not usable.
+        """
+        made = cls(start, stop, rate)
+        return made if trials is None else cls(start, stop, (stop / start) ** (1 / (check_count(trials, "trials", 2) - 1)))
 
     @property
     def trials(self) -> int:
@@ -259,13 +269,10 @@ class SimulatedAnnealingPruner(SearchPruner):
         **options: Unpack[Options],
     ) -> None:
         refuse_former(type(self).__name__, options, _FORMER, former, _IN_ORDER)
-        cooling = Cooling(start_temperature, stop_temperature, cool_down_rate)
-        if trials is not None:
-            steps = check_count(trials, "trials", 2) - 1
-            cooling = Cooling(start_temperature, stop_temperature, (stop_temperature / start_temperature) ** (1 / steps))
+        cooling = Cooling.of(start_temperature, stop_temperature, cool_down_rate, trials)
         limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, "reconstruct": reconstruct}
         super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits, **options)
-        self.require(self.objective.constraints)
+        require_constraints(self.objective.constraints, type(self).__name__)
         even = dict.fromkeys(self.objective.groups, 0.5)
         space = (even, self.objective.most, self.objective.project)
         self._annealing = Annealing(*space, cooling=cooling, magnitude=perturbation_magnitude, seed=seed)

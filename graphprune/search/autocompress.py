@@ -36,10 +36,11 @@ from graphprune.search.annealing import Annealing
 from graphprune.search.base import run
 from graphprune.search.bench import finite
 from graphprune.search.compressing import FORMER, TRAINING, Compression, Compressions, Searching, Ticks, Training, checked_params
+from graphprune.search.pruner import require_constraints
 from graphprune.search.scattering import scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.showing import keep_history, ticking
-from graphprune.training import check_count, refuse_former
+from graphprune.training import check_count, flags_kept, refuse_former
 
 if TYPE_CHECKING:
     from graphprune.search.objective import Trial
@@ -154,9 +155,7 @@ class AutoCompressPruner:
         self._whole = self._remaining(model, self.total, None)  # says what cannot be met in the end
         self.graph = self._whole.graph
         self._given["graph"] = self.graph
-        if not self._whole.constraints:
-            what = f"{who} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
-            raise ConfigError(what, "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'")
+        require_constraints(self._whole.constraints, who)
         self._annealing(self._whole, 0)  # says what is wrong with its arguments
         self._forecast = Forecast(model, self.graph)
 
@@ -339,11 +338,8 @@ class AutoCompressPruner:
         return tuple(self._reached(share, number) for share in final)
 
     def _score(self, model: nn.Module, number: int) -> float:
-        flags = [(module, module.training) for module in model.modules()]
-        score = finite(self._searching.evaluator(model.eval()), f"the evaluator of {self._who} returned for round {number}")
-        for module, flag in flags:
-            module.training = flag
-        return score
+        with flags_kept(model):
+            return finite(self._searching.evaluator(model.eval()), f"the evaluator of {self._who} returned for round {number}")
 
     def _cost(self) -> Cost:
         """Returns what is left of parameters and MACs."""
@@ -375,9 +371,8 @@ class AutoCompressPruner:
             if state.best is not None:
                 state.best = replace(state.best, round=self._records[state.best.round.number - 1])
             kept.load()  # for its random numbers, of which tracing the model may have used some
-        elif kept.path is not None and state.trainee.strangers:
-            what = f"the optimizer of {self._who} trains parameters besides the model's, which are not saved"
-            raise ConfigError(what, "Leave folder= out, or move these parameters into the model")
+        elif kept.path is not None:
+            state.trainee.require_no_strangers(self._who)
 
     def _saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Returns everything as plain values and tensors."""

@@ -133,10 +133,8 @@ class Searching:
         finetune = params.get("finetune")
         if finetune is not None and not callable(finetune):
             raise ConfigError(f"'finetune' in sa_params of {who} is a {type(finetune).__name__}", "Pass a function of a model")
-        times = (params.get("start_temperature", 100.0), params.get("stop_temperature", 20.0))
-        cooling = Cooling(*times, params.get("cool_down_rate", 0.9))
-        if params.get("trials") is not None:
-            cooling = Cooling(*times, (times[1] / times[0]) ** (1 / (check_count(params["trials"], "trials", 2) - 1)))
+        falls = (params.get("start_temperature", 100.0), params.get("stop_temperature", 20.0), params.get("cool_down_rate", 0.9))
+        cooling = Cooling.of(*falls, params.get("trials"))
         return cls(*scorers, cooling, params.get("perturbation_magnitude", 0.35), params.get("base_algo", "l1"), finetune)
 
 

@@ -291,12 +291,7 @@ class SensitivityPruner:
         if self.budget is not None:
             kept = {n: np.arange(self._kept[n].size) < k for n, k in counts.items() if not whole}
             return float(getattr(self._forecast.cost(kept) if kept else self._forecast.dense, self.budget.unit))
-        return float(sum(self._weights(n) * (self._kept[n].size if whole else k) for n, k in counts.items()))
-
-    def _weights(self, name: str) -> int:
-        """Returns how many weights compute one channel of a group."""
-        shapes = self.graph.shapes
-        return sum(int(np.prod(shapes[s.parameter])) // shapes[s.parameter][s.dim] * s.index.shape[1] for s in self.graph[name].producers)
+        return float(sum(self.graph.elements(n) * (self._kept[n].size if whole else k) for n, k in counts.items()))
 
     def _settings(self, subject: Subject) -> dict[str, Any]:
         """Returns what the result depends on."""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from graphprune.search.base import best as best_of
 from graphprune.search.bench import finite, same_random
 from graphprune.search.measured import MeasuredCost
 from graphprune.search.objective import Constraint, Trial
-from graphprune.search.pruner import Mode, SearchPruner
+from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     Kept: TypeAlias = dict[str, NDArray[np.bool_]]
 
 _KIND = "netadapt"
+_HOW_MUCH = "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or write a 'total_sparsity'"
 _HALVINGS = 40  # of a step that no group can save; after so many, no channel saves anything
 _ROUNDING = 1e-9  # relative; what a share such as 1 - 0.9 adds in its last bits
 _FORMER = {
@@ -141,8 +142,6 @@ class NetAdaptPruner(SearchPruner):
         InputError: there are no example inputs, or the model cannot run on them.
     """
 
-    how_much: ClassVar[str] = "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or write a 'total_sparsity'"
-
     def __init__(  # noqa: PLR0913 (the call shape of the seeds)
         self,
         model: nn.Module,
@@ -189,7 +188,7 @@ class NetAdaptPruner(SearchPruner):
         self._admissible: tuple[int, ...] = ()  # the numbers of the trials that meet the budget
         self._measured = None if cost is None else MeasuredCost(self.objective, cost)
         self.constraints = self.objective.constraints if self._measured is None else (self._measured.constraint(float(target or 0.0)),)
-        self.require(self.constraints)
+        require_constraints(self.constraints, type(self).__name__, _HOW_MUCH)
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphprune.search.base import SearchResult
 
 Mode: TypeAlias = Literal["maximize", "minimize"]
+_HOW_MUCH = "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'"
 
 
 class SearchPruner(ABC):
@@ -41,8 +42,6 @@ class SearchPruner(ABC):
         InputError: there are no example inputs, or the model cannot run on them.
     """
 
-    how_much: ClassVar[str] = "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'"
-
     def __init__(
         self,
         model: nn.Module,
@@ -62,16 +61,6 @@ class SearchPruner(ABC):
         scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
         self.model, self.mode = model, optimize_mode
         self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **options)
-
-    def require(self, constraints: Sequence[Constraint]) -> None:
-        """Raises unless something must be met.
-
-        Raises:
-            ConfigError: nothing must.
-        """
-        if not constraints:
-            what = f"{type(self).__name__} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
-            raise ConfigError(what, self.how_much)
 
     @abstractmethod
     def search(self) -> SearchResult:
@@ -101,3 +90,19 @@ class SearchPruner(ABC):
         layers = {g.name: list(g.layers) for g in self.objective.graph.groups}
         entries = [{"op_names": layers[n], "sparsity": s} for n, s in self.best.sparsities.items() if s > 0]
         return self.best.number, masked, masks, self.best.score, entries
+
+
+def require_constraints(constraints: Sequence[Constraint], who: str, fix: str = _HOW_MUCH) -> None:
+    """Raises unless something must be met.
+
+    Args:
+        constraints: what must be met.
+        who: the pruner.
+        fix: how to say how much is to go.
+
+    Raises:
+        ConfigError: nothing must.
+    """
+    if not constraints:
+        what = f"{who} is given neither a budget nor sparsities, and nothing scores better than to prune nothing"
+        raise ConfigError(what, fix)

@@ -247,8 +247,9 @@ class Study:
         Raises:
             ConfigError: see `Objective`.
         """
-        seen = len(self.history())
-        with bar(self.study.study_name, trials, self.history(), shown=progress) as shows:
+        known = self.history()
+        seen = len(known)
+        with bar(self.study.study_name, trials, known, shown=progress) as shows:
             for trial in self.trials(trials):
                 if progress:
                     found = self.history()
