@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from graphprune.errors import FileError, MaskError, nearest
 from graphprune.meta import require_values
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.runs import Run
+from graphprune.runs.checkpoint import Run
 from graphprune.schedules.packing import Packer, Unpacker, packed_optimizer, restore_optimizer
 
 

@@ -157,7 +157,7 @@ def main() -> int:
     except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
 
     text = table.to_markdown()
     print(text)

@@ -250,7 +250,7 @@ def show(outcomes: dict[str, Outcome], limit: float) -> None:
 
 def save(outcomes: dict[str, Outcome], limit: float, versions: dict[str, str], path: Path) -> None:
     """Writes every run, what it was measured with, and the verdicts as JSON."""
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
 
     machine = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(), "torch_threads": 1}
     networks = {}

@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         print(f"{key.replace('_', ' '):20s} {shown}")
     if options.json:
-        from graphprune.replacing import replacing
+        from graphprune.runs.atomic import replacing
 
         with replacing(options.json) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -128,7 +128,7 @@ def trained(options: argparse.Namespace, text: Text) -> nn.Module:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
     from tests.support.bytes import Batches, ByteTransformer, next_byte
 
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def table(before: float, results: list[Result]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Writes a file by a temporary name."""
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
 
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, writes or compares, and returns the exit code."""
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
     from tests.support.operator_section import COMMAND, replaced, section
     from tests.support.operator_table import OPERATORS
     from tests.support.operator_verdicts import measure, pair

@@ -92,7 +92,7 @@ def table(results: list[Found]) -> Table:
 
 def write(folder: Path, settings: Settings, results: list[Found]) -> None:
     """Writes what there is, each file as a whole or not at all."""
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
 
     record = {"settings": asdict(settings), "results": [found.to_dict() for found in results]}
     with replacing(folder / "searches.json") as path:

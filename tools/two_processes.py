@@ -84,7 +84,7 @@ def trained(path: Path, depth: int) -> None:
     from safetensors.torch import save_file
 
     from graphprune.demo import LR, build, load_digits, train
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
 
     if path.exists():
         return
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit code."""
     import torch
 
-    from graphprune.replacing import replacing
+    from graphprune.runs.atomic import replacing
 
     options = parse(arguments)
     torch.set_num_threads(1)

@@ -255,7 +255,7 @@ def _dense(objective: Objective, evaluator: DataEvaluator, out: Path, settings: 
     Raises:
         FileError: the folder holds a search of another model, with another budget, or on other data.
     """
-    from graphprune.runs import Run
+    from graphprune.runs.checkpoint import Run
     from graphprune.search.bench import finite, same_random
 
     kept = Run(out, "whole-model", {**objective.settings(), **settings})

@@ -14,7 +14,7 @@ from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, FileError
 from graphprune.export import export_onnx
 from graphprune.masks import Masks
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 
 _EPOCH = ("epoch", "callback")
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from graphprune.errors import FileError, MaskError
 from graphprune.recipes.record import Recipe, Step, recipe_of
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from graphprune.data import Loader
 from graphprune.errors import ConfigError
 from graphprune.masks import copied
-from graphprune.runs import plain
+from graphprune.runs.checkpoint import plain
 from graphprune.schedules.keeping import held
 from graphprune.schedules.optimizers import slice_optimizer, sliced_state
 from graphprune.training import Course, check_count, course, flags_kept, twin_optimizer

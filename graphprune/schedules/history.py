@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from graphprune.errors import ConfigError
-from graphprune.schedules.records import Records, bar
+from graphprune.runs.records import Records, bar
 
 if TYPE_CHECKING:
     from rich.table import Table

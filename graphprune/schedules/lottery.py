@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import ConfigError, nearest
-from graphprune.runs import digest
+from graphprune.runs.checkpoint import digest
 from graphprune.schedules.functions import Exponential, Schedule
 from graphprune.schedules.rounds import RoundsPruner
 from graphprune.training import check_count

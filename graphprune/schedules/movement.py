@@ -19,11 +19,11 @@ from graphprune.distributed import processes
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks import tensors_of
 from graphprune.pruners.base import Options
-from graphprune.runs import Run, digest
+from graphprune.runs.checkpoint import Run, digest
+from graphprune.runs.progress import keep_history
 from graphprune.schedules.history import Movement, Movements, bar
 from graphprune.schedules.moving import Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
-from graphprune.showing import keep_history
 from graphprune.training import check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:

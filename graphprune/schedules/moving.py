@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from graphprune.errors import ConfigError, InputError
-from graphprune.runs import Saved, digest
+from graphprune.runs.checkpoint import Saved, digest
 from graphprune.schedules.finetuning import checked_score
 from graphprune.schedules.history import Movement
 from graphprune.schedules.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of

@@ -23,7 +23,8 @@ from graphprune.forecast import Forecast
 from graphprune.groups import trace
 from graphprune.masks import Masks, copied
 from graphprune.pruners import Pruner
-from graphprune.runs import Run, digest
+from graphprune.runs.checkpoint import Run, digest
+from graphprune.runs.progress import keep_history
 from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of
 from graphprune.schedules.entries import Planned, planned, relative
 from graphprune.schedules.finetuning import Trainee, Wishes, checked_score
@@ -32,7 +33,6 @@ from graphprune.schedules.history import History, Round, bar
 from graphprune.schedules.keeping import held, removed
 from graphprune.schedules.packing import settings_of
 from graphprune.schedules.state import Outcome, State
-from graphprune.showing import keep_history
 from graphprune.training import Course, check_count, flags_kept
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from graphprune.surgery.speedup import speedup
 if TYPE_CHECKING:
     from graphprune.graph import DependencyGraph
     from graphprune.recipes.record import Kept as Positions
-    from graphprune.runs import Saved
+    from graphprune.runs.checkpoint import Saved
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ import torch
 from graphprune.budgets import first_met, keep_highest
 from graphprune.criteria import Criterion
 from graphprune.forecast import Forecast
-from graphprune.runs import Run
+from graphprune.runs.checkpoint import Run
+from graphprune.runs.progress import keep_history
 from graphprune.search.base import SearchResult
 from graphprune.search.base import best as best_of
 from graphprune.search.bench import same_random
@@ -27,7 +28,6 @@ from graphprune.search.objective import Constraint, Objective, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
-from graphprune.showing import keep_history
 from graphprune.training import check_count, refuse_former
 
 if TYPE_CHECKING:

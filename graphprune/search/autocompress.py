@@ -25,7 +25,8 @@ from graphprune.groups import trace
 from graphprune.masks import Masks, copied, tensors_of
 from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options
-from graphprune.runs import Run, digest
+from graphprune.runs.checkpoint import Run, digest
+from graphprune.runs.progress import keep_history, ticking
 from graphprune.schedules.finetuning import Finetune, Trainee, Wishes
 from graphprune.schedules.functions import Exponential
 from graphprune.schedules.keeping import held
@@ -39,7 +40,6 @@ from graphprune.search.compressing import FORMER, TRAINING, Compression, Compres
 from graphprune.search.pruner import require_constraints
 from graphprune.search.scattering import scattered
 from graphprune.search.scoreboard import name_of
-from graphprune.showing import keep_history, ticking
 from graphprune.training import check_count, flags_kept, refuse_former
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from graphprune.errors import ConfigError
-from graphprune.runs import Run
+from graphprune.runs.checkpoint import Run
+from graphprune.runs.progress import keep_history
 from graphprune.search.objective import Sparsities, Trial
 from graphprune.search.showing import bar, plotted, table, tabulated
-from graphprune.showing import keep_history
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from graphprune.cost import Cost
-from graphprune.showing import new_figure, written, written_csv
+from graphprune.runs.progress import new_figure, written, written_csv
 
 COLUMNS = ("group", "layers", "channels", "kept", "sparsity", "score", "drop", "params", "macs", "seconds")
 _TOLERANCE = 1e-12  # a drop that exceeds the admissible one by no more than the rounding of a difference is admissible

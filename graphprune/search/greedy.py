@@ -21,7 +21,7 @@ from graphprune.forecast import Forecast
 from graphprune.masks import Masks, copied, tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.thresholds import reaching_threshold
-from graphprune.runs import Run, digest
+from graphprune.runs.checkpoint import Run, digest
 from graphprune.schedules.keeping import held
 from graphprune.search.bench import Bench, Evaluator
 from graphprune.search.curves import last_admissible

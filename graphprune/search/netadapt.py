@@ -23,7 +23,8 @@ from graphprune.config import AMOUNTS
 from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
 from graphprune.masks import Masks, copied, tensors_of
-from graphprune.runs import Run
+from graphprune.runs.checkpoint import Run
+from graphprune.runs.progress import keep_history
 from graphprune.schedules.keeping import held
 from graphprune.scoring import score_groups
 from graphprune.search.base import SearchResult
@@ -35,7 +36,6 @@ from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
-from graphprune.showing import keep_history
 from graphprune.surgery.speedup import speedup
 from graphprune.training import refuse_former
 

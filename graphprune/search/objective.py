@@ -24,7 +24,7 @@ from graphprune.masks import Masks
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests
 from graphprune.reconstruction import Reconstruction
-from graphprune.runs import digest
+from graphprune.runs.checkpoint import digest
 from graphprune.search.bench import finite
 from graphprune.surgery.speedup import speedup
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import FileError
-from graphprune.runs import plain
+from graphprune.runs.checkpoint import plain
 
 FORMAT = 1
 

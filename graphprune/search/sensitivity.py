@@ -28,7 +28,7 @@ from graphprune.forecast import Forecast
 from graphprune.masks import tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests
-from graphprune.runs import digest
+from graphprune.runs.checkpoint import digest
 from graphprune.search.bench import Bench, Evaluator, Kept, Walk, check_processes, drive
 from graphprune.search.curves import Measurement, Sensitivity, exceeds
 from graphprune.search.scoreboard import Scoreboard, name_of

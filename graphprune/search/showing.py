@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from rich.table import Table
 
+from graphprune.runs.progress import new_figure, ticking, written, written_csv
 from graphprune.search.objective import Trial
-from graphprune.showing import new_figure, ticking, written, written_csv
 
 Shows: TypeAlias = Callable[[Trial, Trial], None]
 """Is told the last trial and the best one so far."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import ConfigError, FileError
-from graphprune.replacing import alive
+from graphprune.runs.atomic import alive
 
 if TYPE_CHECKING:
     import optuna

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from graphprune.errors import ConfigError, FileError, nearest
-from graphprune.runs import plain
+from graphprune.runs.checkpoint import plain
 from graphprune.search.base import SearchResult, best
 from graphprune.search.bench import finite, same_random
 from graphprune.search.objective import Objective, Sparsities, Trial

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.criteria import CRITERIA, Criterion
 from graphprune.demo import BATCH, FINETUNE_LR, LR, Digits, accuracy, build, train
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 
 Side: TypeAlias = Literal["graphprune", "torch-pruning"]
 Order: TypeAlias = Literal["even", "global"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 from tests.support.accuracy import OURS, PEER, STAGES, Cell, Method, Order, Record, Settings, identity
 
 FAILED, MISSING = "failed", "-"

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 from tests.support.torchvision_shim import import_torchvision
 from tests.support.zoo_sources import Blueprint, images
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from graphprune.errors import ConfigError, FileError
-from graphprune.replacing import leftovers, replacing
+from graphprune.runs.atomic import leftovers, replacing
 
 FORMAT = 1
 _KEY = "graphprune.run"

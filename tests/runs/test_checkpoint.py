@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import graphprune as gp
-from graphprune.runs import Run, digest, plain
+from graphprune.runs.checkpoint import Run, digest, plain
 from tests.support.killing import FORKS
 
 
@@ -121,7 +121,7 @@ def test_digest_sees_names_types_shapes_and_values() -> None:
 _SAVES = """
 import os, random, signal, sys, time
 import torch
-from graphprune.runs import Run
+from graphprune.runs.checkpoint import Run
 
 torch.set_num_threads(1)  # a process that is forked has none of the threads that others would wait for
 
@@ -163,7 +163,7 @@ def test_kill_at_any_moment_leaves_a_complete_save(tmp_path: Path) -> None:
     """Ten processes that save in a loop are killed with SIGKILL at random moments: the file always loads, and is one whole save."""
     command = [sys.executable, "-c", _SAVES, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603
     assert done.returncode == 0, done.stderr
     counts = [int(line) for line in done.stdout.split()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graphprune.replacing import leftovers, replacing
+from graphprune.runs.atomic import leftovers, replacing
 
 
 def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from graphprune.showing import new_figure, ticking, written, written_csv
+from graphprune.runs.progress import new_figure, ticking, written, written_csv
 
 if TYPE_CHECKING:
     from rich.table import Table

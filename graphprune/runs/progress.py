@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from graphprune.errors import ConfigError, FileError
-from graphprune.replacing import replacing
+from graphprune.runs.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
