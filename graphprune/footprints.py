@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 from graphprune.graph import Slice
-from graphprune.labels import FROZEN, Ids, LabelTable
+from graphprune.ops.labels import FROZEN, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND
 
 if TYPE_CHECKING:

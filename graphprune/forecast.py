@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.graph import DependencyGraph
-    from graphprune.labels import Ids
+    from graphprune.ops.labels import Ids
 
 Dims: TypeAlias = "list[tuple[Value, int]]"
 Formula: TypeAlias = "Callable[[dict[str, Any], Value], list[Dims]]"

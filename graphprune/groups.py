@@ -16,7 +16,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
 from graphprune.graph import DependencyGraph, Group, Role, Slice
 from graphprune.labelling import Analysis, extend, label
-from graphprune.labels import FROZEN, Ids
+from graphprune.ops.labels import FROZEN, Ids
 from graphprune.ops.registry import UNBOUND, Value, Why
 from graphprune.provenance import dataflow, frozen_positions
 from graphprune.tracing import Program, record

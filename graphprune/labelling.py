@@ -13,7 +13,7 @@ import torch
 from graphprune import ops
 from graphprune.aliasing import Memory
 from graphprune.graph import Unknown
-from graphprune.labels import Dim, Ids, LabelTable
+from graphprune.ops.labels import Dim, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Notes, Op, Value, Why
 from graphprune.probing import REMEDY, probe
 

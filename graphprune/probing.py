@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphprune.inputs import tensors_in
-from graphprune.labels import Ids
+from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Op, Value
 
 Place: TypeAlias = "tuple[int, int]"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphprune.graph import Frozen, Group
-from graphprune.labels import NO_REASON, Ids
+from graphprune.ops.labels import NO_REASON, Ids
 from graphprune.ops.registry import UNBOUND
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import nn
 import graphprune as gp
 from graphprune.footprints import Distinct, Footprints, Layout, Slot, doomed
 from graphprune.labelling import Analysis
-from graphprune.labels import Ids, LabelTable
+from graphprune.ops.labels import Ids, LabelTable
 from graphprune.tracing import record
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, Union
 
 import numpy as np
 
-from graphprune.labels import Ids
+from graphprune.ops.labels import Ids
 
 Place: TypeAlias = tuple[str, tuple["str | int", ...]]
 """Module path, then the way from the module to the integer: attribute names, keys and positions."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from graphprune.arithmetic.integers import Arithmetic, Expression, Extent, Tracked, Trail, combined, expression_of
 from graphprune.arithmetic.places import tracked_attributes
 from graphprune.errors import GraphPruneError
-from graphprune.labels import Ids
+from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Value, named_arguments
 from graphprune.tracing import node_behind, record
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from graphprune.arithmetic.integers import Expression
     from graphprune.graph import DependencyGraph
-    from graphprune.labels import Ids
+    from graphprune.ops.labels import Ids
 
 Counts: TypeAlias = "dict[int, Any]"
 """Number of a group -> how many of its channels stay, or an array of candidates."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from graphprune.footprints import Layout
     from graphprune.graph import DependencyGraph, Group
     from graphprune.inputs import Inputs
-    from graphprune.labels import Ids
+    from graphprune.ops.labels import Ids
 
 _EXACT = 1 << 24  # float32 counts exactly up to here
 

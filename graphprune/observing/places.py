@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from graphprune.graph import Group
-    from graphprune.labels import Ids
+    from graphprune.ops.labels import Ids
 
 NONLINEAR = frozenset(
     f"aten::{n}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphprune.labels import Dim
+from graphprune.ops.labels import Dim
 from graphprune.ops.linear import contract
 from graphprune.ops.pointwise import alone
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule

@@ -11,7 +11,7 @@ PyTorch's own kernel wants rows of a multiple of 16 bytes. Where widths that wer
 
 from __future__ import annotations
 
-from graphprune.labels import Dim
+from graphprune.ops.labels import Dim
 from graphprune.ops.linear import contract, product_is_zero
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 

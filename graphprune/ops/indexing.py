@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from graphprune.labels import Dim, Ids
+from graphprune.ops.labels import Dim, Ids
 from graphprune.ops.pointwise import alone, broadcast
 from graphprune.ops.registry import Labels, Op, Path, Piece, Value, aten, rule
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphprune.labels import Dim
 from graphprune.ops.indexing import list_positions
+from graphprune.ops.labels import Dim
 from graphprune.ops.pointwise import broadcast
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 

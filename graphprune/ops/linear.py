@@ -6,7 +6,7 @@ matmul(a, b):      out[.., n, m] = sum_k a[.., n, k] b[.., k, m]
 
 from __future__ import annotations
 
-from graphprune.labels import Dim
+from graphprune.ops.labels import Dim
 from graphprune.ops.pointwise import alone, broadcast, covers
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
 

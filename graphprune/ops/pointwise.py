@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graphprune.labels import Dim
+from graphprune.ops.labels import Dim
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphprune.labels import Dim
 from graphprune.ops.joining import side_by_side
+from graphprune.ops.labels import Dim
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from graphprune.labels import Dim, Ids, LabelTable
+from graphprune.ops.labels import Dim, Ids, LabelTable
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphprune.labels import Dim
 from graphprune.ops.indexing import list_positions, literal
+from graphprune.ops.labels import Dim
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from graphprune.labels import Dim, Ids
 from graphprune.ops.indexing import bounds, column, literal, looked_up
+from graphprune.ops.labels import Dim, Ids
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
 
 WRITTEN = "is written by position"

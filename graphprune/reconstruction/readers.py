@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import fx
 
     from graphprune.graph import DependencyGraph
-    from graphprune.labels import Ids
     from graphprune.masks import Masks
+    from graphprune.ops.labels import Ids
 
 Kind: TypeAlias = Literal["linear", "convolution", "transposed"]
 Positions: TypeAlias = "Mapping[str, Mapping[int, Ids]]"  # parameter -> dim -> positions that are kept, where any go

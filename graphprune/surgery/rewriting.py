@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import fx
 
-    from graphprune.labels import Dim, Ids
+    from graphprune.ops.labels import Dim, Ids
     from graphprune.ops.registry import Path
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphprune.labels import FROZEN, NO_REASON, Dim, Ids, LabelTable
+from graphprune.ops.labels import FROZEN, NO_REASON, Dim, Ids, LabelTable
 
 LENGTH = 6
 CUTS = ((2, 3), (3, 2), (6, 1), (1, 6))

@@ -17,7 +17,7 @@ from graphprune.ops.registry import RULES, Op
 from tests.support.invariants import evaluate
 from tests.support.operators import Case, check, images, sequences
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 README: Final = ROOT / "graphprune" / "ops" / "README.md"
 OPERATOR: Final = "aten::select_scatter"
 FREEZES: Final = {"a.weight/0": "has no rule"}

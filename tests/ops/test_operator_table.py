@@ -17,7 +17,7 @@ from tests.support.operator_section import BEGIN, COMMAND, END, replaced, row, s
 from tests.support.operator_table import OPERATORS, Operator
 from tests.support.operator_verdicts import Outcome, measure, pair
 
-README: Final = Path(__file__).parent.parent / "README.md"
+README: Final = Path(__file__).parents[2] / "README.md"
 BY_NAME: Final = {operator.name: operator for operator in OPERATORS}
 PAIRS, MANY_PAIRS = 60, 400
 AT_LEAST: Final = 32  # of the forty, how many are pruned rather than frozen
