@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import InputError
-from graphprune.inputs import normalise, run, undisturbed
-from graphprune.meta import require_values
+from graphprune.trace.inputs import normalise, run, undisturbed
+from graphprune.trace.meta_device import require_values
 
 _ATEN_ARGUMENTS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {

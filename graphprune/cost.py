@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphprune.contexts import whole_attention
-from graphprune.inputs import normalise, run, undisturbed
-from graphprune.meta import shapes_suffice
+from graphprune.trace.contexts import whole_attention
+from graphprune.trace.inputs import normalise, run, undisturbed
+from graphprune.trace.meta_device import shapes_suffice
 
 _aten = torch.ops.aten
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.contexts import whole_attention
 from graphprune.errors import ConfigError, InputError
-from graphprune.inputs import Inputs, normalise, run, undisturbed
 from graphprune.rehearsal import Rehearsal
+from graphprune.trace.contexts import whole_attention
+from graphprune.trace.inputs import Inputs, normalise, run, undisturbed
 
 _BATCHES = "Pass data=, an iterable of batches such as a DataLoader of (inputs, targets)"
 _LOSS = "Pass loss=, a function of output and target such as torch.nn.functional.cross_entropy"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphprune.decisions import Otherwise, decisions_of, freeze_decided, operators_of
 from graphprune.errors import GraphPruneError
 from graphprune.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
 from graphprune.graph import DependencyGraph, Group, Role, Slice
@@ -19,7 +18,8 @@ from graphprune.labelling import Analysis, extend, label
 from graphprune.ops.labels import FROZEN, Ids
 from graphprune.ops.registry import UNBOUND, Value, Why
 from graphprune.provenance import dataflow, frozen_positions
-from graphprune.tracing import Program, record
+from graphprune.trace.data_dependent import Otherwise, decisions_of, freeze_decided, operators_of
+from graphprune.trace.recorder import Program, record
 
 if TYPE_CHECKING:
     from torch import fx, nn

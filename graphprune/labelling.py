@@ -15,12 +15,12 @@ from graphprune.aliasing import Memory
 from graphprune.graph import Unknown
 from graphprune.ops.labels import Dim, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Notes, Op, Value, Why
-from graphprune.probing import REMEDY, probe
+from graphprune.trace.probe import REMEDY, probe
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.tracing import Program
+    from graphprune.trace.recorder import Program
 
 
 @dataclass(eq=False)

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from graphprune.decisions import decision, freeze_decided, rounds_matter
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.inputs import tensors_in
 from graphprune.labelling import Analysis, extend, operators
 from graphprune.surgery.rewriting import Removal
-from graphprune.tracing import record
+from graphprune.trace.data_dependent import decision, freeze_decided, rounds_matter
+from graphprune.trace.inputs import tensors_in
+from graphprune.trace.recorder import record
 from graphprune.verification import difference, gathered, over_kept
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from graphprune.inputs import Inputs
-    from graphprune.tracing import Program
+    from graphprune.trace.inputs import Inputs
+    from graphprune.trace.recorder import Program
 
 _ATTEMPTS = 4
 

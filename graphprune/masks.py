@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from graphprune.errors import FileError, MaskError, nearest
-from graphprune.meta import require_values
 from graphprune.runs.atomic import replacing
+from graphprune.trace.meta_device import require_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

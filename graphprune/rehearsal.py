@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.inputs import Inputs
 from graphprune.masks import copied
+from graphprune.trace.inputs import Inputs
 
 _USE = "Let trainer(model, optimizer, criterion) call"
 

@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 from graphprune.data import Loader, checked_loss, parted
 from graphprune.distributed import processes, summed
 from graphprune.errors import ConfigError, InputError
-from graphprune.inputs import run
 from graphprune.masks import copied
+from graphprune.trace.inputs import run
 
 Trainer: TypeAlias = Callable[[nn.Module, Optimizer, Any], object]
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]

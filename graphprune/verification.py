@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphprune.decisions import is_delicate
 from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
-from graphprune.tracing import Program, record
+from graphprune.trace.data_dependent import is_delicate
+from graphprune.trace.recorder import Program, record
 
 if TYPE_CHECKING:
     from torch import fx

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphprune.data import Loader, Source, Trainer, source
 from graphprune.errors import ConfigError, GraphPruneError, InputError
-from graphprune.inputs import Inputs
+from graphprune.trace.inputs import Inputs
 from tests.support.untouched import changes, snapshot
 
 

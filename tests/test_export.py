@@ -24,7 +24,7 @@ from graphprune.errors import ConfigError, ExportError, FileError, GraphPruneErr
 from graphprune.export import export_onnx, writers
 from graphprune.export.job import jobs
 from graphprune.export.proof import relative_error
-from graphprune.inputs import normalise
+from graphprune.trace.inputs import normalise
 from tests.support.untouched import changes, snapshot
 
 EXPORTERS = ("torchscript", "dynamo")

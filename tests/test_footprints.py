@@ -13,7 +13,7 @@ import graphprune as gp
 from graphprune.footprints import Distinct, Footprints, Layout, Slot, doomed
 from graphprune.labelling import Analysis
 from graphprune.ops.labels import Ids, LabelTable
-from graphprune.tracing import record
+from graphprune.trace.recorder import record
 
 
 def table_with_products(seed: int) -> tuple[LabelTable, list[Ids]]:

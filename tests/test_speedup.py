@@ -595,7 +595,7 @@ def test_scripted_models_are_shrunk_or_refused_without_blame() -> None:
 
 def test_nothing_of_the_recording_stays_behind() -> None:
     """Once graph and report are dropped, neither the model nor the result holds on to the recording."""
-    from graphprune.tracing import Program  # noqa: PLC0415 (only this test looks behind the curtain)
+    from graphprune.trace.recorder import Program  # noqa: PLC0415 (only this test looks behind the curtain)
 
     def alive() -> set[int]:
         gc.collect()

@@ -17,7 +17,7 @@ from torch.nn import functional
 import graphprune as gp
 import graphprune.surgery.speedup as surgery
 from graphprune.ops.registry import RULES, Labels, Op
-from graphprune.tracing import record
+from graphprune.trace.recorder import record
 from graphprune.verification import Check, difference, output_tensors, tolerance_for
 from tests.support.handmade import residual
 from tests.support.invariants import coverage_faults, evaluate, permutation_error

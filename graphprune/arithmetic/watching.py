@@ -21,7 +21,7 @@ from graphprune.arithmetic.places import tracked_attributes
 from graphprune.errors import GraphPruneError
 from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Value, named_arguments
-from graphprune.tracing import node_behind, record
+from graphprune.trace.recorder import node_behind, record
 
 if TYPE_CHECKING:
     from torch import fx, nn

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphprune.cli.files import check_readable
 from graphprune.cli.sources import IMAGE, Source, find
 from graphprune.errors import FileError, InputError, nearest
-from graphprune.inputs import Inputs
+from graphprune.trace.inputs import Inputs
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _SHAPE = re.compile(r"\d+(?:[,x]\d+)*")

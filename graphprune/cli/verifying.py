@@ -14,9 +14,9 @@ from graphprune.errors import MaskError
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.inputs import Inputs
     from graphprune.masks import Masks
     from graphprune.recipes import Recipe, Step
+    from graphprune.trace.inputs import Inputs
     from graphprune.verification import Check
 
 _TRAINED = (
@@ -75,11 +75,11 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         MaskError: the recipe was written for another model, or has no masks to rebuild the reference from.
         InputError: a model cannot be run on the inputs.
     """
-    from graphprune.inputs import run, undisturbed
     from graphprune.masks import checked_tensors
     from graphprune.references import reference_for
     from graphprune.surgery.rewriting import Removal
     from graphprune.surgery.speedup import speedup
+    from graphprune.trace.inputs import run, undisturbed
 
     for step in recipe.steps[:-1]:
         dense, _ = speedup(dense, _masks(dense, step, inputs), verify=False, result=step.kind)

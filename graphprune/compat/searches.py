@@ -23,7 +23,7 @@ from graphprune.search.autocompress import AutoCompressPruner as _AutoCompressPr
 from graphprune.training import refuse_former
 
 if TYPE_CHECKING:
-    from graphprune.inputs import Inputs
+    from graphprune.trace.inputs import Inputs
 
 ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
 Folder: TypeAlias = "str | os.PathLike[str] | None"

@@ -23,8 +23,8 @@ from graphprune.errors import ConfigError, ExportError, FileError, nearest
 from graphprune.export.job import Job, jobs
 from graphprune.export.proof import Facts, prove
 from graphprune.export.writers import WRITERS, GuessedError, RefusedError, cause, write
-from graphprune.inputs import normalise
-from graphprune.meta import require_values
+from graphprune.trace.inputs import normalise
+from graphprune.trace.meta_device import require_values
 
 __all__ = ["ExportReport", "export_onnx"]
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError
 from graphprune.export.quiet import quiet
-from graphprune.inputs import Inputs, run, undisturbed
+from graphprune.trace.inputs import Inputs, run, undisturbed
 
 _DAMPING = 0.875  # exact in floating point; also moves what depends on the largest value, and keeps values in their range
 

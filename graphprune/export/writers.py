@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined] # is public, and documented
 
-from graphprune.contexts import whole_attention
 from graphprune.export.job import Job
 from graphprune.export.quiet import quiet
-from graphprune.inputs import undisturbed
+from graphprune.trace.contexts import whole_attention
+from graphprune.trace.inputs import undisturbed
 
 _SINGLE_FILE_BYTES = 3 << 29  # a protobuf message ends at 2 GiB; beyond 1.5 GiB the weights go into a file of their own
 _LONGEST_CAUSE = 240  # characters of an exporter's own message that are repeated in ours

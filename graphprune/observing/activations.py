@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from graphprune.data import Source
     from graphprune.footprints import Layout
     from graphprune.graph import DependencyGraph, Group
-    from graphprune.inputs import Inputs
     from graphprune.ops.labels import Ids
+    from graphprune.trace.inputs import Inputs
 
 _EXACT = 1 << 24  # float32 counts exactly up to here
 

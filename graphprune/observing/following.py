@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graphprune.errors import InputError
-from graphprune.inputs import place
 from graphprune.labelling import operators
-from graphprune.tracing import record
+from graphprune.trace.inputs import place
+from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from graphprune.inputs import Inputs
-    from graphprune.tracing import Program
+    from graphprune.trace.inputs import Inputs
+    from graphprune.trace.recorder import Program
 
 Look: TypeAlias = "Callable[[fx.Node, tuple[Any, ...], dict[str, Any], Any], None]"
 """From a recorded operator to nothing: is given the arguments and the result of the same operator on a batch, right after it ran."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from graphprune.data import Source
     from graphprune.graph import DependencyGraph
-    from graphprune.inputs import Inputs
+    from graphprune.trace.inputs import Inputs
 
 _PRODUCTS = {
     "aten::linear": ("input", "weight"),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from graphprune.data import Source
     from graphprune.elements import ElementMasks
     from graphprune.graph import DependencyGraph, Group
-    from graphprune.inputs import Inputs
+    from graphprune.trace.inputs import Inputs
 
 Mode: TypeAlias = Literal["normal", "dependency_aware", "global", "balance"]
 MODES: tuple[Mode, ...] = get_args(Mode)

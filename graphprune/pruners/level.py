@@ -13,8 +13,8 @@ from graphprune.config import LayerConfig, resolve
 from graphprune.criteria import lamp
 from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, InputError
-from graphprune.meta import require_values
 from graphprune.selectors import Trait
+from graphprune.trace.meta_device import require_values
 from graphprune.training import refuse_former
 
 if TYPE_CHECKING:

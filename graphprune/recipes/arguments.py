@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graphprune.errors import InputError
-from graphprune.inputs import Inputs
+from graphprune.trace.inputs import Inputs
 
 _LITERALS = (bool, int, float, str, type(None))
 _SEED = 0  # the values matter to nothing but control flow that depends on data

@@ -14,17 +14,17 @@ from graphprune.observing.following import follow, named
 from graphprune.ops.registry import named_arguments
 from graphprune.reconstruction.windows import Windows
 from graphprune.surgery.rewriting import Removal
-from graphprune.tracing import record
+from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.data import Source
-    from graphprune.inputs import Inputs
     from graphprune.masks import Masks
     from graphprune.observing.following import Look
     from graphprune.reconstruction.fitting import Fit
     from graphprune.reconstruction.readers import Call
+    from graphprune.trace.inputs import Inputs
 
 
 class _EnoughError(GraphPruneError):

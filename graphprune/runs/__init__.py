@@ -1,0 +1,1 @@
+"""Runs that are long or may be killed: atomic files, checkpoints, records, progress."""

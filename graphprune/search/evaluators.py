@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphprune.data import Loader, parted
 from graphprune.errors import ConfigError, InputError, nearest
-from graphprune.inputs import run, tensors_in, undisturbed
+from graphprune.trace.inputs import run, tensors_in, undisturbed
 
 Metric: TypeAlias = Literal["accuracy", "loss"]
 _TARGETS = "Let the data yield (inputs, target), or dicts of keyword arguments with 'labels' among them"

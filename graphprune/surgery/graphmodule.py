@@ -14,17 +14,17 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.decisions import decisions_of
 from graphprune.errors import GraphPruneError, InputError, VerificationError
 from graphprune.groups import analyse, gather
 from graphprune.surgery.rewriting import Call, Removal, rewrite
-from graphprune.tracing import record
+from graphprune.trace.data_dependent import decisions_of
+from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from graphprune.masks import Masks
-    from graphprune.tracing import Program
+    from graphprune.trace.recorder import Program
 
 _REMEDY = "Use result='module', which keeps the model's own code, or exclude the layers named above"
 _FLAGS = {"aten::batch_norm": "training", "aten::dropout": "train", "aten::instance_norm": "use_input_stats",

@@ -11,7 +11,6 @@ from torch import nn
 
 from graphprune.arithmetic.places import Undo, assign
 from graphprune.budgets import Plan
-from graphprune.caches import caches, clear
 from graphprune.cost import Cost, count
 from graphprune.elements import ElementMasks
 from graphprune.errors import MaskError, VerificationError
@@ -26,13 +25,14 @@ from graphprune.surgery.layers import layer_reports
 from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
+from graphprune.trace.caches import caches, clear
 from graphprune.verification import Check, require, runs_as_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from graphprune.graph import DependencyGraph, Group, Slice
-    from graphprune.inputs import Inputs
+    from graphprune.trace.inputs import Inputs
 
 
 def speedup(
@@ -94,7 +94,7 @@ def _fitting(model: nn.Module, masks: Masks, example_inputs: object) -> Masks:
 
 
 def _same(example_inputs: object, recorded: Inputs) -> bool:
-    from graphprune.inputs import normalise  # noqa: PLC0415 (only needed here)
+    from graphprune.trace.inputs import normalise  # noqa: PLC0415 (only needed here)
 
     mine, theirs = normalise(example_inputs).tensors(), recorded.tensors()
     return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphprune.errors import InputError, TraceError
-from graphprune.inputs import Inputs, normalise, run, undisturbed
+from graphprune.trace.inputs import Inputs, normalise, run, undisturbed
 from tests.support.untouched import changes, snapshot
 
 A, B, C = torch.zeros(2, 3), torch.ones(2, 5), torch.arange(2)

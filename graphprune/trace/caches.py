@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graphprune.inputs import undisturbed
-from graphprune.meta import shapes_suffice
+from graphprune.trace.inputs import undisturbed
+from graphprune.trace.meta_device import shapes_suffice
 
 if TYPE_CHECKING:
-    from graphprune.inputs import Inputs
+    from graphprune.trace.inputs import Inputs
 
 Where = tuple[str, str]
 """Module path and attribute name."""

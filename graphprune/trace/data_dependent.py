@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from graphprune.inputs import tensors_in
 from graphprune.ops.registry import Why, named_arguments
+from graphprune.trace.inputs import tensors_in
 
 if TYPE_CHECKING:
     from torch import fx
 
     from graphprune.labelling import Analysis
-    from graphprune.tracing import Program
+    from graphprune.trace.recorder import Program
 
 Kind: TypeAlias = Literal["", "number", "size", "step", "random"]
 

@@ -21,14 +21,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.caches import emptied
-from graphprune.contexts import below_autograd, module_paths, values_taken, whole_attention
-from graphprune.decisions import decision, rounds_matter, sized_by
 from graphprune.errors import GraphPruneError, InputError, TraceError
-from graphprune.inputs import Inputs, argument_names, cannot_run, normalise, place, restated, undisturbed
-from graphprune.meta import PYTHON, Weightless, is_about_values, literals, unreadable
 from graphprune.ops import rule_for
-from graphprune.probing import Recorded
+from graphprune.trace.caches import emptied
+from graphprune.trace.contexts import below_autograd, module_paths, values_taken, whole_attention
+from graphprune.trace.data_dependent import decision, rounds_matter, sized_by
+from graphprune.trace.inputs import Inputs, argument_names, cannot_run, normalise, place, restated, undisturbed
+from graphprune.trace.meta_device import PYTHON, Weightless, is_about_values, literals, unreadable
+from graphprune.trace.probe import Recorded
 
 _NODE = "_graphprune_node"
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.cost import count_by_module
-from graphprune.meta import LARGEST, shapes_suffice
+from graphprune.trace.meta_device import LARGEST, shapes_suffice
 from tests.support.networks import call, load
 from tests.support.zoo_sources import blueprint
 

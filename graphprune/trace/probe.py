@@ -20,9 +20,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.inputs import tensors_in
 from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Op, Value
+from graphprune.trace.inputs import tensors_in
 
 Place: TypeAlias = "tuple[int, int]"
 """Number of a tensor and a dimension of it."""

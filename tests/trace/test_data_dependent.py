@@ -16,8 +16,8 @@ from torch.nn import functional
 import graphprune as gp
 import graphprune.groups as groups_of
 import graphprune.surgery.speedup as surgery
-from graphprune.decisions import decision
-from graphprune.tracing import record
+from graphprune.trace.data_dependent import decision
+from graphprune.trace.recorder import record
 from tests.support.invariants import evaluate, permutation_error, train_step
 from tests.support.operators import Network, conv, described, filled, images, normal, vectors
 from tests.support.outputs import relative_error
