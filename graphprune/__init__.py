@@ -35,8 +35,8 @@ from graphprune.errors import (
     VerificationError,
 )
 from graphprune.export import ExportReport, export_onnx
-from graphprune.graph import DependencyGraph, Frozen, Group, Slice
-from graphprune.groups import trace
+from graphprune.groups.build import trace
+from graphprune.groups.graph import DependencyGraph, Frozen, Group, Slice
 from graphprune.latency import LatencyReport, measure_latency
 from graphprune.masks import Masks
 from graphprune.pruners import (

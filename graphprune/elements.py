@@ -15,7 +15,7 @@ from graphprune.masks import Masks, copied, read_flags, slice_tensor, tensors_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
 
 _KIND = {"kind": "elements"}  # metadata that tells these files from those of channel masks
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import fx, nn
 
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.ops.labels import Ids
 
 Dims: TypeAlias = "list[tuple[Value, int]]"

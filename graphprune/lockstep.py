@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.labelling import Analysis, extend, operators
+from graphprune.groups.propagate import Analysis, extend, operators
 from graphprune.surgery.rewriting import Removal
 from graphprune.trace.data_dependent import decision, freeze_decided, rounds_matter
 from graphprune.trace.inputs import tensors_in

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from graphprune.graph import DependencyGraph, Group, Slice
+    from graphprune.groups.graph import DependencyGraph, Group, Slice
 
 
 class Masks(Mapping[str, "NDArray[np.bool_]"]):

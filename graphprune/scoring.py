@@ -12,7 +12,7 @@ import torch
 from graphprune.criteria import Part, seen_by
 from graphprune.distributed import agreed
 from graphprune.errors import ConfigError, MaskError
-from graphprune.graph import Slice
+from graphprune.groups.graph import Slice
 from graphprune.masks import checked_tensors
 from graphprune.observing import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from graphprune.criteria import Criterion
     from graphprune.data import Source
-    from graphprune.graph import DependencyGraph, Group
+    from graphprune.groups.graph import DependencyGraph, Group
 
 Aggregation: TypeAlias = Literal["sum", "mean", "max", "producer"]
 Scope: TypeAlias = Literal["producers", "group"]

@@ -457,7 +457,7 @@ def test_a_defect_is_no_clear_error(net: str, monkeypatch: pytest.MonkeyPatch) -
         message = "a defect"
         raise ZeroDivisionError(message)
 
-    monkeypatch.setattr("graphprune.groups.trace", defect)
+    monkeypatch.setattr("graphprune.groups.build.trace", defect)
     result = run("inspect", net, *IMAGE)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)

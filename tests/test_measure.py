@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphprune.graph import Frozen
+from graphprune.groups.graph import Frozen
 from tests.support import measure, zoo_timm
 from tests.support.handmade import Graph, Group, Slice, residual, residual_graph
 from tests.support.measure import Bench, Settings, rounding

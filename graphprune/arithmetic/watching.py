@@ -26,7 +26,7 @@ from graphprune.trace.recorder import node_behind, record
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from graphprune.labelling import Analysis
+    from graphprune.groups.propagate import Analysis
     from graphprune.ops.registry import Path
 
 _LAST = ("groups", "num_groups", "group")  # the last integer of a call, after strides and paddings of perhaps equal value

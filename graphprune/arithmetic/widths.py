@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.arithmetic.integers import Expression
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.ops.labels import Ids
 
 Counts: TypeAlias = "dict[int, Any]"

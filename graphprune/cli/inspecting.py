@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from graphprune.graph import DependencyGraph, Frozen, Group
+    from graphprune.groups.graph import DependencyGraph, Frozen, Group
 
 _LAYERS_SHOWN = 2
 _OPERATORS_SHOWN = 3
@@ -33,7 +33,7 @@ def inspect(
 ) -> None:
     """Show what can be removed from a model, what is frozen, and why."""
     from graphprune.cli.loading import Request
-    from graphprune.groups import trace
+    from graphprune.groups.build import trace
 
     screen: Screen = ctx.obj
     with screen.busy(f"building {model}"):

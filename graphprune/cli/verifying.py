@@ -94,7 +94,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
 
 def _masks(model: nn.Module, step: Step, inputs: Inputs) -> Masks:
     """Returns the masks of one pruning, on the graph of the model that went into it."""
-    from graphprune.groups import trace
+    from graphprune.groups.build import trace
     from graphprune.masks import Masks
 
     graph = trace(model, inputs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, FileError, MaskError
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks
 from graphprune.surgery.speedup import speedup
 

@@ -11,7 +11,7 @@ import torch
 from graphprune.masks import slice_tensor
 
 if TYPE_CHECKING:
-    from graphprune.graph import Slice
+    from graphprune.groups.graph import Slice
 
 Sees: TypeAlias = Literal["weights", "scales", "activations", "products", "joint", "curvature", "inputs"]
 """What a criterion is shown of a group.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.data import Source
-    from graphprune.footprints import Layout
-    from graphprune.graph import DependencyGraph, Group
+    from graphprune.groups.footprints import Layout
+    from graphprune.groups.graph import DependencyGraph, Group
     from graphprune.ops.labels import Ids
     from graphprune.trace.inputs import Inputs
 

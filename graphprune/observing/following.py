@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graphprune.errors import InputError
-from graphprune.labelling import operators
+from graphprune.groups.propagate import operators
 from graphprune.trace.inputs import place
 from graphprune.trace.recorder import record
 

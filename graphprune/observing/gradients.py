@@ -20,7 +20,7 @@ from graphprune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from graphprune.data import Source
-    from graphprune.graph import Slice
+    from graphprune.groups.graph import Slice
 
 
 def observe_products(model: nn.Module, parameters: Iterable[str], source: Source) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graphprune.distributed import summed
-from graphprune.labelling import operators
+from graphprune.groups.propagate import operators
 from graphprune.observing.following import follow, name
 from graphprune.observing.gradients import named, precise
 from graphprune.ops.registry import named_arguments
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.data import Source
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.trace.inputs import Inputs
 
 _PRODUCTS = {

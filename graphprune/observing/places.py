@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graphprune.footprints import Distinct, Layout
-from graphprune.labelling import Analysis
+from graphprune.groups.footprints import Distinct, Layout
+from graphprune.groups.propagate import Analysis
 from graphprune.observing.following import name
 from graphprune.ops.registry import Value
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.graph import Group
+    from graphprune.groups.graph import Group
     from graphprune.ops.labels import Ids
 
 NONLINEAR = frozenset(

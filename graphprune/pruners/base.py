@@ -14,7 +14,7 @@ from graphprune.config import resolve
 from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
 from graphprune.data import Loader
 from graphprune.errors import ConfigError, InputError, nearest
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.families import CUTS, Cut
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from graphprune.data import Source
     from graphprune.elements import ElementMasks
-    from graphprune.graph import DependencyGraph, Group
+    from graphprune.groups.graph import DependencyGraph, Group
     from graphprune.trace.inputs import Inputs
 
 Mode: TypeAlias = Literal["normal", "dependency_aware", "global", "balance"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
 
 
 @dataclass(frozen=True, eq=False)

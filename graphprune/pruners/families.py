@@ -16,7 +16,7 @@ import networkx as nx
 import numpy as np
 
 if TYPE_CHECKING:
-    from graphprune.graph import DependencyGraph, Group
+    from graphprune.groups.graph import DependencyGraph, Group
 
 Cut: TypeAlias = Literal["blocks", "within", "both", "query_key", "value"]
 CUTS: tuple[Cut, ...] = get_args(Cut)

@@ -19,7 +19,7 @@ from graphprune.budgets import keep_highest
 from graphprune.criteria import Part
 from graphprune.elements import ElementMasks
 from graphprune.errors import MaskError
-from graphprune.graph import Slice
+from graphprune.groups.graph import Slice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from graphprune.config import ResolvedConfig
     from graphprune.criteria import Criterion
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.scoring import Scores
 
 

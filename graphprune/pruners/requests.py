@@ -10,7 +10,7 @@ from graphprune.pruners.families import Cut, skipped
 
 if TYPE_CHECKING:
     from graphprune.config import ResolvedConfig
-    from graphprune.graph import DependencyGraph, Group
+    from graphprune.groups.graph import DependencyGraph, Group
 
 Selectable: TypeAlias = "Callable[[Group], tuple[str, ...]]"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import Unpack
 
-    from graphprune.graph import Group, Slice
+    from graphprune.groups.graph import Group, Slice
     from graphprune.training import MakeOptimizer, Trainer
 
 _FORMER = {

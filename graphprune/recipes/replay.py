@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from graphprune.errors import FileError, MaskError, nearest
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks
 from graphprune.recipes.arguments import rebuilt
 from graphprune.recipes.attributes import put_number

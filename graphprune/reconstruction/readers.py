@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from graphprune.labelling import operators
+from graphprune.groups.propagate import operators
 from graphprune.observing.following import name, named
 from graphprune.ops.registry import named_arguments
 from graphprune.reconstruction.report import LeftAlone
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.masks import Masks
     from graphprune.ops.labels import Ids
 

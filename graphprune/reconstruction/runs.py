@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.labelling import operators
+from graphprune.groups.propagate import operators
 from graphprune.lockstep import Follower
 from graphprune.masks import checked_tensors
 from graphprune.observing.following import follow, named

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from graphprune.criteria import Part
     from graphprune.elements import ElementMasks
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.scoring import Scores
 
 OneShot: TypeAlias = "LevelPruner | ADMMPruner | Pruner"

@@ -20,7 +20,7 @@ from graphprune.cost import count
 from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, InputError
 from graphprune.forecast import Forecast
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks, copied
 from graphprune.pruners import Pruner
 from graphprune.runs.checkpoint import Run, digest
@@ -36,7 +36,7 @@ from graphprune.schedules.state import Outcome, State
 from graphprune.training import Course, check_count, flags_kept
 
 if TYPE_CHECKING:
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.schedules.finetuning import Finetune, MakeScheduler
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.config import LayerConfig
-    from graphprune.graph import Group, Slice
+    from graphprune.groups.graph import Group, Slice
 
 _OPTIONS = ("mode", "rounding", "round_to", "cut", "graph", "source")
 

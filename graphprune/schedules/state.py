@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.elements import ElementMasks
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks, copied
 from graphprune.recipes.record import composed
 from graphprune.schedules.finetuning import Snapshot, Trainee, packed, unpacked
@@ -22,7 +22,7 @@ from graphprune.schedules.tensors import Kept
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.recipes.record import Kept as Positions
     from graphprune.runs.checkpoint import Saved
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from graphprune.graph import DependencyGraph, Slice
+    from graphprune.groups.graph import DependencyGraph, Slice
     from graphprune.recipes.record import Kept
 
 

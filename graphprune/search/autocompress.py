@@ -21,7 +21,7 @@ from graphprune.config import AMOUNTS, split_rho
 from graphprune.cost import Cost, count
 from graphprune.errors import ConfigError, InputError
 from graphprune.forecast import Forecast
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks, copied, tensors_of
 from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options

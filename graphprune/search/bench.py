@@ -21,14 +21,14 @@ from torch import nn
 
 from graphprune.data import generators_kept
 from graphprune.errors import ConfigError
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks, copied
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
 
 Evaluator: TypeAlias = Callable[[nn.Module], float]
 Kept: TypeAlias = "Mapping[str, NDArray[np.bool_]]"

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphPruneError, InputError, VerificationError
-from graphprune.groups import analyse, gather
+from graphprune.groups.build import analyse, gather
 from graphprune.surgery.rewriting import Call, Removal, rewrite
 from graphprune.trace.data_dependent import decisions_of
 from graphprune.trace.recorder import record

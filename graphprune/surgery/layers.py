@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.budgets import Plan
-    from graphprune.graph import DependencyGraph
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.masks import Masks
 
 

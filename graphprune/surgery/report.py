@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from graphprune.budgets import Budget
     from graphprune.cost import Cost
-    from graphprune.graph import Frozen, Unknown
+    from graphprune.groups.graph import Frozen, Unknown
 
 
 @dataclass(frozen=True)

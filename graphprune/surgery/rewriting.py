@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from graphprune.labelling import Analysis
+from graphprune.groups.propagate import Analysis
 from graphprune.ops.registry import Value, named_arguments
 
 if TYPE_CHECKING:

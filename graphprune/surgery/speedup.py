@@ -14,7 +14,7 @@ from graphprune.budgets import Plan
 from graphprune.cost import Cost, count
 from graphprune.elements import ElementMasks
 from graphprune.errors import MaskError, VerificationError
-from graphprune.groups import trace
+from graphprune.groups.build import trace
 from graphprune.masks import Masks, checked_tensors
 from graphprune.recipes.record import Before, remember
 from graphprune.references import Reference, reference_for
@@ -31,7 +31,7 @@ from graphprune.verification import Check, require, runs_as_recorded
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from graphprune.graph import DependencyGraph, Group, Slice
+    from graphprune.groups.graph import DependencyGraph, Group, Slice
     from graphprune.trace.inputs import Inputs
 
 

@@ -17,7 +17,7 @@ from graphprune.trace.inputs import tensors_in
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.labelling import Analysis
+    from graphprune.groups.propagate import Analysis
     from graphprune.trace.recorder import Program
 
 Kind: TypeAlias = Literal["", "number", "size", "step", "random"]

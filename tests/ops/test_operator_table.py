@@ -10,7 +10,7 @@ import operator_table
 import pytest
 import torch
 
-from graphprune.graph import Frozen
+from graphprune.groups.graph import Frozen
 from graphprune.ops import registry
 from tests.support import operator_table as support
 from tests.support.operator_section import BEGIN, COMMAND, END, replaced, row, section

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.graph import Frozen
+from graphprune.groups.graph import Frozen
 from tests.support.invariants import MIN_CONTROL, coverage_faults, evaluate, masked_copy, permutation_error, removed_positions
 from tests.support.operator_table import OPERATORS, Operator
 from tests.support.operators import TOLERANCE, Network, conv, filled

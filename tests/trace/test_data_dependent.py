@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-import graphprune.groups as groups_of
+import graphprune.groups.build as groups_of
 import graphprune.surgery.speedup as surgery
 from graphprune.trace.data_dependent import decision
 from graphprune.trace.recorder import record

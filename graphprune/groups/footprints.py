@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-from graphprune.graph import Slice
+from graphprune.groups.graph import Slice
 from graphprune.ops.labels import FROZEN, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND
 
 if TYPE_CHECKING:
-    from graphprune.labelling import Analysis
+    from graphprune.groups.propagate import Analysis
 
 _NOBODY = -1
 

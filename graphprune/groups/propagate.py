@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from graphprune import ops
-from graphprune.aliasing import Memory
-from graphprune.graph import Unknown
+from graphprune.groups.aliasing import Memory
+from graphprune.groups.graph import Unknown
 from graphprune.ops.labels import Dim, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Notes, Op, Value, Why
 from graphprune.trace.probe import REMEDY, probe

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphprune.errors import GraphPruneError
-from graphprune.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
-from graphprune.graph import DependencyGraph, Group, Role, Slice
-from graphprune.labelling import Analysis, extend, label
+from graphprune.groups.explain import dataflow, frozen_positions
+from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
+from graphprune.groups.graph import DependencyGraph, Group, Role, Slice
+from graphprune.groups.propagate import Analysis, extend, label
 from graphprune.ops.labels import FROZEN, Ids
 from graphprune.ops.registry import UNBOUND, Value, Why
-from graphprune.provenance import dataflow, frozen_positions
 from graphprune.trace.data_dependent import Otherwise, decisions_of, freeze_decided, operators_of
 from graphprune.trace.recorder import Program, record
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.footprints import Distinct, Footprints, Layout, Slot, doomed
-from graphprune.labelling import Analysis
+from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, doomed
+from graphprune.groups.propagate import Analysis
 from graphprune.ops.labels import Ids, LabelTable
 from graphprune.trace.recorder import record
 

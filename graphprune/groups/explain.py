@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphprune.graph import Frozen, Group
+from graphprune.groups.graph import Frozen, Group
 from graphprune.ops.labels import NO_REASON, Ids
 from graphprune.ops.registry import UNBOUND
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.labelling import Analysis
+    from graphprune.groups.propagate import Analysis
 
 
 def frozen_positions(groups: list[Group], analysis: Analysis) -> list[Frozen]:
