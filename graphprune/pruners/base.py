@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
-from graphprune.arithmetic.widths import stated_widths
 from graphprune.budgets import Budget, Plan, Rounding, keep_highest, kept_count
 from graphprune.config import resolve
 from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
@@ -22,6 +21,7 @@ from graphprune.pruners.layerwise import Layerwise, layers_with_rows
 from graphprune.pruners.requests import requests
 from graphprune.scoring import DATA_FREE, Aggregation, Scope, Scores, score_groups
 from graphprune.selectors import CHANNELS, Trait
+from graphprune.sizes.widths import stated_widths
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from graphprune.arithmetic.widths import stated_widths
 from graphprune.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
 from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.cost import Cost
@@ -26,6 +25,7 @@ from graphprune.pruners.requests import requests
 from graphprune.reconstruction import Reconstruction
 from graphprune.runs.checkpoint import digest
 from graphprune.search.bench import finite
+from graphprune.sizes.widths import stated_widths
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:

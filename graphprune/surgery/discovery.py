@@ -1,6 +1,6 @@
 """Which attributes of the user's modules feed the sizes that must change, found rather than guessed.
 
-The forward pass is watched with tracked integers (`graphprune.arithmetic`); what arrives at `view`, `split` ... says what the attributes
+The forward pass is watched with tracked integers (`graphprune.sizes`); what arrives at `view`, `split` ... says what the attributes
 behind it must become. What is set here is only ever a proposal: the shrunk module is compared with the masked model afterwards.
 """
 
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphprune.arithmetic.equations import definitions
-from graphprune.arithmetic.integers import Attribute, Extent, Place, evaluate, leaves
-from graphprune.arithmetic.watching import Demand, demands
+from graphprune.sizes.equations import definitions
+from graphprune.sizes.expressions import Attribute, Extent, Place, evaluate, leaves
+from graphprune.sizes.watch import Demand, demands
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.arithmetic.integers import Leaf
+    from graphprune.sizes.expressions import Leaf
     from graphprune.surgery.rewriting import Removal
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from graphprune.arithmetic.places import Undo, assign
 from graphprune.budgets import Plan
 from graphprune.cost import Cost, count
 from graphprune.elements import ElementMasks
@@ -18,6 +17,7 @@ from graphprune.groups.build import trace
 from graphprune.masks import Masks, checked_tensors
 from graphprune.recipes.record import Before, remember
 from graphprune.references import Reference, reference_for
+from graphprune.sizes.attributes import Undo, assign
 from graphprune.surgery.attributes import explained, set_attributes
 from graphprune.surgery.discovery import Discovery, discover
 from graphprune.surgery.graphmodule import rewritten

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from graphprune.arithmetic.integers import Arithmetic, Attribute, Expression, Leaf, Place, evaluate, inverse, leaves, places
+from graphprune.sizes.expressions import Arithmetic, Attribute, Expression, Leaf, Place, evaluate, inverse, leaves, places
 
 Equation: TypeAlias = tuple["Expression | int", "Expression | int"]
 """What the code computes, and what that must be."""

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune.arithmetic.integers import Arithmetic, Attribute, Extent, Tracked, Trail, evaluate, inverse
-from graphprune.arithmetic.watching import demands
-from graphprune.arithmetic.widths import stated_widths
 from graphprune.cli import app
+from graphprune.sizes.expressions import Arithmetic, Attribute, Extent, Tracked, Trail, evaluate, inverse
+from graphprune.sizes.watch import demands
+from graphprune.sizes.widths import stated_widths
 from tests.support.invariants import train_step
 from tests.support.operators import conv, filled, images, normal
 from tests.support.torchvision_shim import import_torchvision
@@ -580,7 +580,7 @@ def test_the_command_line_keeps_the_class(tmp_path: Any) -> None:
     """`graphprune prune --keep-class` says so in its report, and raises widths where it must."""
     source = tmp_path / "net.py"
     source.write_text(
-        "from tests.test_keep_class import Attention, Transformer, filled\n\n\ndef net():\n"
+        "from tests.sizes.test_keep_class import Attention, Transformer, filled\n\n\ndef net():\n"
         '    """Returns attention with three heads."""\n    return filled(Transformer(Attention, 12, 3)).float()\n'
     )
     arguments = ["prune", f"{source}:net", "--input", "2,5,4", "--out", str(tmp_path / "out"), "--no-onnx"]

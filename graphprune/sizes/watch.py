@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from graphprune.arithmetic.integers import Arithmetic, Expression, Extent, Tracked, Trail, combined, expression_of
-from graphprune.arithmetic.places import tracked_attributes
 from graphprune.errors import GraphPruneError
 from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Value, named_arguments
+from graphprune.sizes.attributes import tracked_attributes
+from graphprune.sizes.expressions import Arithmetic, Expression, Extent, Tracked, Trail, combined, expression_of
 from graphprune.trace.recorder import node_behind, record
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.arithmetic.integers import Attribute, Place, Tracked, Trail
+from graphprune.sizes.expressions import Attribute, Place, Tracked, Trail
 
 _DEEPEST = 4
 _CONTAINERS = (list, tuple, dict, torch.Size)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import networkx as nx
 import numpy as np
 
-from graphprune.arithmetic.equations import Equation, definitions
-from graphprune.arithmetic.integers import Extent, Leaf, Number, Place, evaluate, leaves
-from graphprune.arithmetic.watching import Demand, demands
+from graphprune.sizes.equations import Equation, definitions
+from graphprune.sizes.expressions import Extent, Leaf, Number, Place, evaluate, leaves
+from graphprune.sizes.watch import Demand, demands
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from graphprune.arithmetic.integers import Expression
     from graphprune.groups.graph import DependencyGraph
     from graphprune.ops.labels import Ids
+    from graphprune.sizes.expressions import Expression
 
 Counts: TypeAlias = "dict[int, Any]"
 """Number of a group -> how many of its channels stay, or an array of candidates."""
