@@ -23,7 +23,6 @@ from graphprune.criteria import (
     TaylorGroup,
     Wanda,
 )
-from graphprune.elements import ElementMasks
 from graphprune.errors import (
     ConfigError,
     ExportError,
@@ -38,7 +37,8 @@ from graphprune.export import ExportReport, export_onnx
 from graphprune.groups.build import trace
 from graphprune.groups.graph import DependencyGraph, Frozen, Group, Slice
 from graphprune.latency import LatencyReport, measure_latency
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
+from graphprune.masks.elements import ElementMasks
 from graphprune.pruners import (
     ActivationAPoZRankPruner,
     ActivationMeanRankPruner,

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.lockstep import DepartureError, Entry, Leader, Run, follow, lead
-from graphprune.masks import copied
+from graphprune.masks.channels import copied
 from graphprune.surgery.slicing import like
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import undisturbed
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import fx, nn
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.surgery.rewriting import Removal
 
 

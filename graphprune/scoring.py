@@ -13,7 +13,7 @@ from graphprune.criteria import Part, seen_by
 from graphprune.distributed import agreed
 from graphprune.errors import ConfigError, MaskError
 from graphprune.groups.graph import Slice
-from graphprune.masks import checked_tensors
+from graphprune.masks.channels import checked_tensors
 from graphprune.observing import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
 
 if TYPE_CHECKING:

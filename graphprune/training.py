@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from graphprune.data import Loader, checked_loss, parted
 from graphprune.distributed import processes, summed
 from graphprune.errors import ConfigError, InputError
-from graphprune.masks import copied
+from graphprune.masks.channels import copied
 from graphprune.trace.inputs import run
 
 Trainer: TypeAlias = Callable[[nn.Module, Optimizer, Any], object]

@@ -25,7 +25,7 @@ from graphprune.trace.recorder import Program, record
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import graphprune as gp
-from graphprune.elements import ElementMasks
+from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.admm import ADMMPruner
 from tests.support.handmade import residual
 from tests.support.untouched import changes, same_bits, snapshot

@@ -282,7 +282,7 @@ class Thing:
 
 BROKEN = (
     (check_room_is_known, "attic.py", '"""An unlisted room."""', "attic"),
-    (check_layers, "labels.py", "from graphprune.masks import Masks", "graphprune.masks.Masks"),
+    (check_layers, "labels.py", "from graphprune.masks.channels import Masks", "graphprune.masks.channels.Masks"),
     (check_layers, "ops/linear.py", "def f():\n    from ..surgery import slicing", "graphprune.surgery.slicing"),
     (check_layers, "groups.py", "from . import cost", "graphprune.cost"),
     (check_layers, "masks.py", "import graphprune", "imports graphprune from"),

@@ -1,7 +1,7 @@
 """Checks the whole project: lint, format, types and tests. Arguments are handed on to pytest.
 
     python tools/test.py                      # everything but the tests marked zoo or slow
-    python tools/test.py tests/test_masks.py  # lint, format and types of everything, and these tests
+    python tools/test.py tests/masks/test_channels.py  # lint, format and types of everything, and these tests
     python tools/test.py -m zoo               # the full zoo of networks
 
 Needs nothing but Python: the first run makes the virtual environment `.venv-dev` from pinned versions.

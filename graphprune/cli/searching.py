@@ -17,7 +17,7 @@ from graphprune.errors import ConfigError
 
 if TYPE_CHECKING:
     from graphprune.cli.loading import Loaded
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.search.base import SearchResult
     from graphprune.search.evaluators import DataEvaluator
     from graphprune.search.objective import Objective, Trial

@@ -14,7 +14,7 @@ from graphprune.errors import MaskError
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.recipes import Recipe, Step
     from graphprune.trace.inputs import Inputs
     from graphprune.verification import Check
@@ -75,7 +75,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         MaskError: the recipe was written for another model, or has no masks to rebuild the reference from.
         InputError: a model cannot be run on the inputs.
     """
-    from graphprune.masks import checked_tensors
+    from graphprune.masks.channels import checked_tensors
     from graphprune.references import reference_for
     from graphprune.surgery.rewriting import Removal
     from graphprune.surgery.speedup import speedup
@@ -95,7 +95,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
 def _masks(model: nn.Module, step: Step, inputs: Inputs) -> Masks:
     """Returns the masks of one pruning, on the graph of the model that went into it."""
     from graphprune.groups.build import trace
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
 
     graph = trace(model, inputs)
     if graph.fingerprint != step.fingerprint:

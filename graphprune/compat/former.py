@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, FileError
 from graphprune.export import export_onnx
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
+from graphprune.masks.elements import ElementMasks
 from graphprune.runs.atomic import replacing
 
 _EPOCH = ("epoch", "callback")

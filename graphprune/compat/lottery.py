@@ -12,8 +12,8 @@ from torch import nn
 
 from graphprune import pruners
 from graphprune.compat.former import exported
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError
+from graphprune.masks.elements import ElementMasks
 from graphprune.schedules.functions import Exponential
 from graphprune.schedules.keeping import Keeper
 from graphprune.training import check_count

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, FileError, MaskError
 from graphprune.groups.build import trace
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
+from graphprune.masks.elements import ElementMasks
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import nn
 
 from graphprune import pruners
 from graphprune.compat import searches, trained
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError
+from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.schedules import agp
 from graphprune.schedules.keeping import Keeper

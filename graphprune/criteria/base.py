@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 
-from graphprune.masks import slice_tensor
+from graphprune.masks.channels import slice_tensor
 
 if TYPE_CHECKING:
     from graphprune.groups.graph import Slice

@@ -15,7 +15,7 @@ from graphprune.budgets import Plan
 from graphprune.config import split_rho
 from graphprune.data import source
 from graphprune.errors import ConfigError
-from graphprune.masks import copied
+from graphprune.masks.channels import copied
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.level import LevelPruner
 from graphprune.training import Session, added, check_count, course, refuse_evaluator, refuse_former
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.criteria import Part
-    from graphprune.elements import ElementMasks
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
+    from graphprune.masks.elements import ElementMasks
     from graphprune.training import MakeOptimizer, Trainer
 
 Granularity: TypeAlias = Literal["fine-grained", "coarse-grained"]

@@ -14,7 +14,7 @@ from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_
 from graphprune.data import Loader
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups.build import trace
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.families import CUTS, Cut
 from graphprune.pruners.layerwise import Layerwise, layers_with_rows
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.data import Source
-    from graphprune.elements import ElementMasks
     from graphprune.groups.graph import DependencyGraph, Group
+    from graphprune.masks.elements import ElementMasks
     from graphprune.trace.inputs import Inputs
 
 Mode: TypeAlias = Literal["normal", "dependency_aware", "global", "balance"]

@@ -17,9 +17,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.budgets import keep_highest
 from graphprune.criteria import Part
-from graphprune.elements import ElementMasks
 from graphprune.errors import MaskError
 from graphprune.groups.graph import Slice
+from graphprune.masks.elements import ElementMasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -11,8 +11,8 @@ import torch
 
 from graphprune.config import LayerConfig, resolve
 from graphprune.criteria import lamp
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, InputError
+from graphprune.masks.elements import ElementMasks
 from graphprune.selectors import Trait
 from graphprune.trace.meta_device import require_values
 from graphprune.training import refuse_former

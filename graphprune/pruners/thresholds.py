@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError
+from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.level import LevelPruner
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
 
 Kind: TypeAlias = Literal["module", "graph"]
 Kept: TypeAlias = "Mapping[str, Mapping[int, NDArray[np.int64]]]"

@@ -11,7 +11,7 @@ import torch
 
 from graphprune.errors import FileError, MaskError, nearest
 from graphprune.groups.build import trace
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
 from graphprune.recipes.arguments import rebuilt
 from graphprune.recipes.attributes import put_number
 from graphprune.recipes.files import identity, read

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from graphprune.groups.graph import DependencyGraph
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.ops.labels import Ids
 
 Kind: TypeAlias = Literal["linear", "convolution", "transposed"]

@@ -22,7 +22,7 @@ import torch
 
 from graphprune.data import Loader, Trainer, source
 from graphprune.errors import ConfigError
-from graphprune.masks import Masks, checked_tensors
+from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.reconstruction.fitting import Fit
 from graphprune.reconstruction.readers import Reader, readers
 from graphprune.reconstruction.report import LeftAlone, ReconstructionReport, Refitted

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.groups.propagate import operators
 from graphprune.lockstep import Follower
-from graphprune.masks import checked_tensors
+from graphprune.masks.channels import checked_tensors
 from graphprune.observing.following import follow, named
 from graphprune.ops.registry import named_arguments
 from graphprune.reconstruction.windows import Windows
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.data import Source
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.observing.following import Look
     from graphprune.reconstruction.fitting import Fit
     from graphprune.reconstruction.readers import Call

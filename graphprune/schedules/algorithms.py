@@ -12,7 +12,7 @@ import torch
 
 from graphprune.criteria import FPGM
 from graphprune.errors import ConfigError, nearest
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
 from graphprune.pruners import (
     ActivationAPoZRankPruner,
     ActivationMeanRankPruner,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.criteria import Part
-    from graphprune.elements import ElementMasks
     from graphprune.groups.graph import DependencyGraph
+    from graphprune.masks.elements import ElementMasks
     from graphprune.scoring import Scores
 
 OneShot: TypeAlias = "LevelPruner | ADMMPruner | Pruner"

@@ -11,7 +11,7 @@ from graphprune.errors import ConfigError
 from graphprune.schedules.functions import AGP, Schedule
 
 if TYPE_CHECKING:
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.pruners.base import Pruner
 
 Family: TypeAlias = Callable[[float], Schedule]

@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 
 from graphprune.data import Loader
 from graphprune.errors import ConfigError
-from graphprune.masks import copied
+from graphprune.masks.channels import copied
 from graphprune.runs.checkpoint import plain
 from graphprune.schedules.keeping import held
 from graphprune.schedules.optimizers import slice_optimizer, sliced_state
 from graphprune.training import Course, check_count, course, flags_kept, twin_optimizer
 
 if TYPE_CHECKING:
-    from graphprune.elements import ElementMasks
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
+    from graphprune.masks.elements import ElementMasks
 
 Finetune: TypeAlias = Callable[[nn.Module], object]
 MakeScheduler: TypeAlias = "Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]"

@@ -12,8 +12,8 @@ from graphprune.schedules.keeping import Keeper
 from graphprune.schedules.rounds import RoundsPruner
 
 if TYPE_CHECKING:
-    from graphprune.elements import ElementMasks
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
+    from graphprune.masks.elements import ElementMasks
 
 
 class AGPPruner(RoundsPruner):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graphprune.elements import ElementMasks
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
+from graphprune.masks.elements import ElementMasks
 
 
 class Keeper:

@@ -17,7 +17,7 @@ from graphprune.budgets import Plan
 from graphprune.data import source
 from graphprune.distributed import processes
 from graphprune.errors import ConfigError, nearest
-from graphprune.masks import tensors_of
+from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history
@@ -29,8 +29,8 @@ from graphprune.training import check_count, course, refuse_evaluator, refuse_fo
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from graphprune.elements import ElementMasks
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
+    from graphprune.masks.elements import ElementMasks
     from graphprune.training import MakeOptimizer, Trainer
 
 MovementMode: TypeAlias = Literal["hard", "soft"]

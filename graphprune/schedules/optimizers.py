@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
 
     Dims = Mapping[int, NDArray[np.int64]]
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from graphprune.cost import count
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, InputError
 from graphprune.forecast import Forecast
 from graphprune.groups.build import trace
-from graphprune.masks import Masks, copied
+from graphprune.masks.channels import Masks, copied
+from graphprune.masks.elements import ElementMasks
 from graphprune.pruners import Pruner
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history

@@ -18,9 +18,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.budgets import Plan, kept_count, least_kept
 from graphprune.criteria import L1, Part
-from graphprune.elements import ElementMasks
 from graphprune.errors import ConfigError, nearest
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
+from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.level import LevelPruner, smallest, whole

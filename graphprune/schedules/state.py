@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.elements import ElementMasks
 from graphprune.groups.build import trace
-from graphprune.masks import Masks, copied
+from graphprune.masks.channels import Masks, copied
+from graphprune.masks.elements import ElementMasks
 from graphprune.recipes.record import composed
 from graphprune.schedules.finetuning import Snapshot, Trainee, packed, unpacked
 from graphprune.schedules.history import Round

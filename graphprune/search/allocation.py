@@ -10,7 +10,7 @@ import torch
 
 from graphprune.budgets import keep_highest
 from graphprune.criteria import FPGM, Criterion, criterion_named
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
 from graphprune.schedules.algorithms import FPGMOfKept
 from graphprune.search.objective import Objective, Sparsities, Trial
 

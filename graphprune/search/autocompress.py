@@ -22,7 +22,7 @@ from graphprune.cost import Cost, count
 from graphprune.errors import ConfigError, InputError
 from graphprune.forecast import Forecast
 from graphprune.groups.build import trace
-from graphprune.masks import Masks, copied, tensors_of
+from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options
 from graphprune.runs.checkpoint import Run, digest

@@ -22,7 +22,7 @@ from torch import nn
 from graphprune.data import generators_kept
 from graphprune.errors import ConfigError
 from graphprune.groups.build import trace
-from graphprune.masks import Masks, copied
+from graphprune.masks.channels import Masks, copied
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from graphprune.criteria import Criterion, criterion_named
 from graphprune.data import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.forecast import Forecast
-from graphprune.masks import Masks, copied, tensors_of
+from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.runs.checkpoint import Run, digest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from graphprune.elements import ElementMasks
+    from graphprune.masks.elements import ElementMasks
 
 SensitivityMode: TypeAlias = Literal["greedy", "threshold"]
 Proportions: TypeAlias = Callable[[float, float, dict[str, dict[float, float]]], Mapping[str, float]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.budgets import keep_highest
 from graphprune.errors import ConfigError
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
 from graphprune.search.bench import finite
 from graphprune.search.objective import Constraint, Objective
 from graphprune.surgery.speedup import speedup

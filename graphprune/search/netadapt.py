@@ -22,7 +22,7 @@ from graphprune.budgets import first_met, keep_highest
 from graphprune.config import AMOUNTS
 from graphprune.criteria import Criterion
 from graphprune.errors import ConfigError
-from graphprune.masks import Masks, copied, tensors_of
+from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
 from graphprune.schedules.keeping import held

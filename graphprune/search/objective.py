@@ -19,7 +19,7 @@ from graphprune.criteria import Criterion, criterion_named
 from graphprune.data import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.forecast import Forecast
-from graphprune.masks import Masks
+from graphprune.masks.channels import Masks
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests
 from graphprune.reconstruction import Reconstruction

@@ -13,7 +13,7 @@ from graphprune.search.objective import Constraint, Objective, Trial
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.search.base import SearchResult
 
 Mode: TypeAlias = Literal["maximize", "minimize"]

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from graphprune.errors import MaskError
-from graphprune.masks import copied, tensors_of
+from graphprune.masks.channels import copied, tensors_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
 
     Kept: TypeAlias = Mapping[str, NDArray[np.bool_]]
 

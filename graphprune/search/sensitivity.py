@@ -25,7 +25,7 @@ from graphprune.criteria import Criterion, criterion_named
 from graphprune.data import source
 from graphprune.errors import ConfigError
 from graphprune.forecast import Forecast
-from graphprune.masks import tensors_of
+from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests
 from graphprune.runs.checkpoint import digest

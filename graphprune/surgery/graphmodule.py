@@ -23,7 +23,7 @@ from graphprune.trace.recorder import record
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
     from graphprune.trace.recorder import Program
 
 _REMEDY = "Use result='module', which keeps the model's own code, or exclude the layers named above"

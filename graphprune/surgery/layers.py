@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from graphprune.budgets import Plan
     from graphprune.groups.graph import DependencyGraph
-    from graphprune.masks import Masks
+    from graphprune.masks.channels import Masks
 
 
 def layer_reports(model: nn.Module, masks: Masks, plan: Plan) -> Iterator[LayerReport]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from graphprune.budgets import Plan
 from graphprune.cost import Cost, count
-from graphprune.elements import ElementMasks
 from graphprune.errors import MaskError, VerificationError
 from graphprune.groups.build import trace
-from graphprune.masks import Masks, checked_tensors
+from graphprune.masks.channels import Masks, checked_tensors
+from graphprune.masks.elements import ElementMasks
 from graphprune.recipes.record import Before, remember
 from graphprune.references import Reference, reference_for
 from graphprune.sizes.attributes import Undo, assign

@@ -1,0 +1,1 @@
+"""Masks of channels and of single elements."""
