@@ -4,7 +4,7 @@ speedup ──▶ Recipe on the module ──save──▶ one safetensors file 
 """
 
 from graphprune.recipes.files import save
-from graphprune.recipes.record import Recipe, Step, recipe_of
 from graphprune.recipes.replay import load, slice_state_dict
+from graphprune.surgery.recipe import Recipe, Step, recipe_of
 
 __all__ = ["Recipe", "Step", "load", "recipe_of", "save", "slice_state_dict"]

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from graphprune.errors import FileError, MaskError
-from graphprune.recipes.record import Recipe, Step, recipe_of
 from graphprune.runs.atomic import replacing
+from graphprune.surgery.recipe import Recipe, Step, recipe_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,10 +12,10 @@ import torch
 from graphprune.errors import FileError, MaskError, nearest
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
-from graphprune.recipes.arguments import rebuilt
-from graphprune.recipes.attributes import put_number
 from graphprune.recipes.files import identity, read
-from graphprune.recipes.record import Recipe, Step, all_shapes, attach, state_shapes
+from graphprune.surgery.arguments import rebuilt
+from graphprune.surgery.numbers import put_number
+from graphprune.surgery.recipe import Recipe, Step, all_shapes, attach, state_shapes
 from graphprune.surgery.slicing import shrunk_copy, sliced
 
 if TYPE_CHECKING:

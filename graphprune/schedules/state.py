@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied
 from graphprune.masks.elements import ElementMasks
-from graphprune.recipes.record import composed
 from graphprune.schedules.finetuning import Snapshot, Trainee, packed, unpacked
 from graphprune.schedules.history import Round
 from graphprune.schedules.optimizers import slice_average
 from graphprune.schedules.packing import packed_optimizer, restore_optimizer
 from graphprune.schedules.tensors import Kept
+from graphprune.surgery.recipe import composed
 from graphprune.surgery.speedup import speedup
 
 if TYPE_CHECKING:
     from graphprune.groups.graph import DependencyGraph
-    from graphprune.recipes.record import Kept as Positions
     from graphprune.runs.checkpoint import Saved
+    from graphprune.surgery.recipe import Kept as Positions
 
 
 @dataclass(frozen=True, eq=False)

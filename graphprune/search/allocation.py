@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from graphprune.groups.graph import DependencyGraph, Slice
-    from graphprune.recipes.record import Kept
+    from graphprune.surgery.recipe import Kept
 
 
 class Remaining(Objective):

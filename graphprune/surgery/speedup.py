@@ -15,13 +15,13 @@ from graphprune.errors import MaskError, VerificationError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.masks.elements import ElementMasks
-from graphprune.recipes.record import Before, remember
 from graphprune.references import Reference, reference_for
 from graphprune.sizes.attributes import Undo, assign
 from graphprune.surgery.attributes import explained, set_attributes
 from graphprune.surgery.discovery import Discovery, discover
 from graphprune.surgery.graphmodule import rewritten
 from graphprune.surgery.layers import layer_reports
+from graphprune.surgery.recipe import Before, remember
 from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced

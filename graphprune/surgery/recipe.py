@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from graphprune.errors import MaskError
-from graphprune.recipes.arguments import described
-from graphprune.recipes.attributes import changed_numbers, numbers_of
+from graphprune.surgery.arguments import described
+from graphprune.surgery.numbers import changed_numbers, numbers_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,10 +43,10 @@ class Step:
         fingerprint: of the graph of the model that went in.
         kept: parameter or buffer name -> dim -> kept positions (sorted), in the model that went in; only dims that lose any.
         aliases: other names of tied tensors -> the name used in `kept`.
-        attributes: module name -> way to a number (or sequence of numbers) -> new value, see `graphprune.recipes.attributes`
+        attributes: module name -> way to a number (or sequence of numbers) -> new value, see `graphprune.surgery.numbers`
             ("module" only).
         masks: group name -> which channels are kept; empty where two merged steps found different groups.
-        inputs: specification of the example inputs, see `graphprune.recipes.arguments`.
+        inputs: specification of the example inputs, see `graphprune.surgery.arguments`.
     """
 
     kind: Kind

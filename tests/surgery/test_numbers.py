@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.recipes.attributes import changed_numbers, numbers_of, put_number
+from graphprune.surgery.numbers import changed_numbers, numbers_of, put_number
 
 
 class Holder(nn.Module):
