@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.config import check_sparsity
 from graphprune.criteria import Criterion, criterion_named
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Mode, Options, Pruner
 from graphprune.pruners.families import Cut

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from graphprune.criteria import Part, seen_by
-from graphprune.distributed import agreed
+from graphprune.data.distributed import agreed
 from graphprune.errors import ConfigError, MaskError
 from graphprune.groups.graph import Slice
 from graphprune.masks.channels import checked_tensors
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.criteria import Criterion
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.groups.graph import DependencyGraph, Group
 
 Aggregation: TypeAlias = Literal["sum", "mean", "max", "producer"]

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphprune.data import Loader, checked_loss, parted
-from graphprune.distributed import processes, summed
+from graphprune.data.distributed import processes, summed
+from graphprune.data.sources import Loader, checked_loss, parted
 from graphprune.errors import ConfigError, InputError
 from graphprune.masks.channels import copied
 from graphprune.trace.inputs import run
@@ -65,7 +65,7 @@ def course(
         trainer: `trainer(model, optimizer, criterion)`, one epoch per call.
         optimizer: an optimizer over the model's parameters, or a function from parameters to one.
         criterion: what the trainer is given as its criterion; with plain data, the loss if there is no other.
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.Loader`.
+        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
         loss: of plain data.
 
     Raises:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.data import Loader, Trainer
+from graphprune.data.sources import Loader, Trainer
 from graphprune.errors import ConfigError, InputError
 from graphprune.observing import (
     Observed,

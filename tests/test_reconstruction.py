@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import demo
-from graphprune.data import Loader, Trainer
+from graphprune.data.sources import Loader, Trainer
 from graphprune.errors import ConfigError, FileError, InputError, MaskError
 from graphprune.reconstruction import LeftAlone, readers
 from graphprune.trace.inputs import normalise

@@ -134,7 +134,7 @@ class Recalibration:
     def __call__(self, model: nn.Module) -> None:
         """Does so."""
         from graphprune.calibration import recalibrate
-        from graphprune.data import parted
+        from graphprune.data.sources import parted
 
         recalibrate(model, (parted(batch)[0] for batch in islice(self.batches, self.limit)))
 

@@ -16,7 +16,7 @@ from graphprune import search
 from graphprune.budgets import Budget
 from graphprune.compat.former import Former, epoch_trainer, today
 from graphprune.compat.trained import criterion_or_cross_entropy, own_adam, with_rho
-from graphprune.data import parted
+from graphprune.data.sources import parted
 from graphprune.errors import ConfigError
 from graphprune.reconstruction import Reconstruction
 from graphprune.search.autocompress import AutoCompressPruner as _AutoCompressPruner

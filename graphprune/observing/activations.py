@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphprune.distributed import summed
+from graphprune.data.distributed import summed
 from graphprune.errors import InputError
 from graphprune.observing.following import follow, named
 from graphprune.observing.places import Places
@@ -21,7 +21,7 @@ from graphprune.observing.places import Places
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.groups.footprints import Layout
     from graphprune.groups.graph import DependencyGraph, Group
     from graphprune.ops.labels import Ids

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from graphprune.distributed import rank
+from graphprune.data.distributed import rank
 from graphprune.errors import ConfigError, InputError
 from graphprune.observing.gradients import averaged, differentiable, gradients, named, precise
 
 if TYPE_CHECKING:
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
 
 _RANKS_APART = 1_000_003  # processes draw different vectors for their different batches
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.distributed import summed
+from graphprune.data.distributed import summed
 from graphprune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.groups.graph import Slice
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphprune.distributed import summed
+from graphprune.data.distributed import summed
 from graphprune.groups.propagate import operators
 from graphprune.observing.following import follow, name
 from graphprune.observing.gradients import named, precise
@@ -22,7 +22,7 @@ from graphprune.ops.registry import named_arguments
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.groups.graph import DependencyGraph
     from graphprune.trace.inputs import Inputs
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.budgets import Plan
 from graphprune.config import split_rho
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import copied
 from graphprune.pruners.base import Options, Pruner
@@ -82,7 +82,7 @@ class ADMMPruner:
         iterations: how often to train and project, at least 1.
         training_epochs: how many epochs to train per iteration, at least 1.
         granularity: "fine-grained" or "coarse-grained".
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.Loader`.
+        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
         loss: of the data: from output and target to one number.
         example_inputs: coarse-grained, what to trace the model with; without them the first batch of the training is taken.
         options: coarse-grained, as of `Pruner`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, 
 from graphprune.budgets import Budget, Plan, Rounding, keep_highest, kept_count
 from graphprune.config import resolve
 from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
-from graphprune.data import Loader
+from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.groups.graph import DependencyGraph, Group
     from graphprune.masks.elements import ElementMasks
     from graphprune.trace.inputs import Inputs
@@ -92,7 +92,7 @@ class Pruner:
         graph: the model's graph, if there is one already.
         keep_class: keep more channels where the model's own arithmetic on sizes (`C // num_heads`, equal chunks) could not state what
             was asked for, so that the shrunk model can be of the model's own class.
-        source: where a criterion that needs data takes it from, see `graphprune.data`.
+        source: where a criterion that needs data takes it from, see `graphprune.data.sources`.
 
     Raises:
         ConfigError: the config list or an option is not usable.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.criteria import APoZ, MeanActivation, Taylor
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.pruners.base import Options, Pruner
 from graphprune.training import refuse_evaluator
 

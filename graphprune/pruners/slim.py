@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.criteria import BNScale
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Options, Pruner
 from graphprune.selectors import Trait
@@ -48,7 +48,7 @@ class SlimPruner(Pruner):
         criterion: handed to the trainer.
         training_epochs: how many epochs to train; 0 prunes by the scales as they are, and needs no trainer.
         scale: the weight of the penalty (lambda of the paper), at least 0.
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.Loader`.
+        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
         loss: of the data: from output and target to one number.
         example_inputs: as of `Pruner`; without them the first batch that the training shows to the model is taken.
         options: as of `Pruner`.

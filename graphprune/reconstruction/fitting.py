@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graphprune.distributed import rank, summed
+from graphprune.data.distributed import rank, summed
 from graphprune.reconstruction.equations import Sums
 from graphprune.reconstruction.report import LeftAlone, Refitted
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphprune.data import Loader, Trainer, source
+from graphprune.data.sources import Loader, Trainer, source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.reconstruction.fitting import Fit
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import fx, nn
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
 
 _BATCHES = 60  # as in AMC
 

@@ -19,7 +19,7 @@ from graphprune.trace.recorder import record
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.masks.channels import Masks
     from graphprune.observing.following import Look
     from graphprune.reconstruction.fitting import Fit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphprune.data import Loader
+from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import copied
 from graphprune.runs.checkpoint import plain

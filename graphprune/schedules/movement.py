@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphprune.budgets import Plan
-from graphprune.data import source
-from graphprune.distributed import processes
+from graphprune.data.distributed import processes
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options
@@ -80,7 +80,7 @@ class MovementPruner:
             of a matrix (Lagunas et al., arXiv 2109.04838); "channels" or "auto", a channel of a coupled group, such as a neuron of a
             feed-forward layer or a whole attention head, whose score masks all weights that produce it (where a batch norm follows, its
             scale, as scores of whole rows learn nothing in front of one), and which `speedup` removes.
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.Loader`.
+        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
         loss: of the data: from output and target to one number.
         score_optimizer: from the scores to the optimizer that trains them; by default Adam with a learning rate of 0.01.
         example_inputs: of "channels", what to trace the model with; without them the first batch of the training is taken.

@@ -63,7 +63,7 @@ class RoundsPruner:
         trainer: in its place `trainer(model, optimizer, criterion)`, one epoch per call, as in the seeds.
         optimizer: of the model's parameters (it is copied), or a function from parameters to one; it goes through all rounds.
         criterion: handed to the trainer.
-        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.Loader`.
+        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.sources.Loader`.
         loss: of the data.
         training_epochs: calls of the trainer per round.
         lr_scheduler: from the optimizer to a learning-rate scheduler that is stepped per epoch; every round begins it anew.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.cost import Cost
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
     from graphprune.reconstruction import Reconstruction
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
     from graphprune.reconstruction import Reconstruction
 

@@ -86,7 +86,7 @@ class AutoCompressPruner:
         trainer: `trainer(model, optimizer, criterion)`, one epoch per call.
         optimizer: of the model's parameters (it is copied), or a function from parameters to one.
         criterion: handed to the trainer.
-        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.Loader`.
+        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.sources.Loader`.
         loss: of the data.
         finetune: trains the model that a round leaves, in place.
         finetune_epochs: in its place, calls of the trainer.

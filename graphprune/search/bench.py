@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphprune.data import generators_kept
+from graphprune.data.sources import generators_kept
 from graphprune.errors import ConfigError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied

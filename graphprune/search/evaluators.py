@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from graphprune.data import Loader, parted
+from graphprune.data.sources import Loader, parted
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.trace.inputs import run, tensors_in, undisturbed
 
@@ -23,7 +23,7 @@ class DataEvaluator:
     """Scores a model by its outputs on batches, in inference mode; the model is as it was afterwards.
 
     Attributes:
-        batches: gone through once per call: (inputs, target) each, or dicts of keyword arguments, as in `graphprune.data.Loader`.
+        batches: gone through once per call: (inputs, target) each, or dicts of keyword arguments, as in `graphprune.data.sources.Loader`.
         metric: "accuracy" is the share of positions whose largest output along dimension 1 (of an output of (n, classes, ...)) is the
             target; of dicts, their 'labels' are. "loss" is minus the mean loss of the batches, weighted by their samples.
         loss: from output and target (of dicts, the batch) to one number.

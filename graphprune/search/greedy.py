@@ -15,7 +15,7 @@ import torch
 from graphprune.budgets import Budget, Ranking, kept_count
 from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.criteria import Criterion, criterion_named
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.forecast import Forecast
 from graphprune.masks.channels import Masks, copied, tensors_of

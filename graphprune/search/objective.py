@@ -16,7 +16,7 @@ from graphprune.budgets import Budget, Ranking, keep_highest, kept_count, least_
 from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.cost import Cost
 from graphprune.criteria import Criterion, criterion_named
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.forecast import Forecast
 from graphprune.masks.channels import Masks
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
-    from graphprune.data import Source
+    from graphprune.data.sources import Source
 
 Sparsities: TypeAlias = Mapping[str, float]
 """Group name -> share of its channels that goes, in [0, 1); groups left out are whole."""

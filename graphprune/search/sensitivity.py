@@ -22,7 +22,7 @@ from rich.progress import Progress as RichProgress
 from graphprune.budgets import keep_highest, kept_count, least_kept
 from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.criteria import Criterion, criterion_named
-from graphprune.data import source
+from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.forecast import Forecast
 from graphprune.masks.channels import tensors_of

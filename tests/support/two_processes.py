@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 
 import graphprune as gp
 from graphprune.criteria import APoZ, Taylor
-from graphprune.data import Loader
-from graphprune.distributed import agreed, summed
+from graphprune.data.distributed import agreed, summed
+from graphprune.data.sources import Loader
 from graphprune.observing import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
 from graphprune.scoring import score_groups
 from tests.support.operators import Network, conv, filled, normal

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphprune.data.dry_run import Rehearsal
 from graphprune.errors import ConfigError, InputError
-from graphprune.rehearsal import Rehearsal
 from graphprune.trace.contexts import whole_attention
 from graphprune.trace.inputs import Inputs, normalise, run, undisturbed
 

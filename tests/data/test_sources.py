@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from graphprune.data import Loader, Source, Trainer, source
+from graphprune.data.sources import Loader, Source, Trainer, source
 from graphprune.errors import ConfigError, GraphPruneError, InputError
 from graphprune.trace.inputs import Inputs
 from tests.support.untouched import changes, snapshot

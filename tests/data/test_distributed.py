@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import distributed
 
-from graphprune.distributed import agreed, processes, rank, summed
+from graphprune.data.distributed import agreed, processes, rank, summed
 from tests.support.two_processes import batches, statistics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch was built without torch.distributed")

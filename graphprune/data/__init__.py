@@ -1,0 +1,1 @@
+"""What users give as data: batches, loaders, callables, over one process or several."""
