@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.config import check_sparsity
 from graphprune.criteria import Criterion, criterion_named
+from graphprune.criteria.scoring import Aggregation, Scope
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Mode, Options, Pruner
 from graphprune.pruners.families import Cut
-from graphprune.scoring import Aggregation, Scope
 from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, 
 from graphprune.budgets import Budget, Plan, Rounding, keep_highest, kept_count
 from graphprune.config import resolve
 from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
+from graphprune.criteria.scoring import DATA_FREE, Aggregation, Scope, Scores, score_groups
 from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups.build import trace
@@ -19,7 +20,6 @@ from graphprune.pruners.counts import Counting
 from graphprune.pruners.families import CUTS, Cut
 from graphprune.pruners.layerwise import Layerwise, layers_with_rows
 from graphprune.pruners.requests import requests
-from graphprune.scoring import DATA_FREE, Aggregation, Scope, Scores, score_groups
 from graphprune.selectors import CHANNELS, Trait
 from graphprune.sizes.widths import stated_widths
 

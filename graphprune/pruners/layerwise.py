@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from graphprune.config import ResolvedConfig
     from graphprune.criteria import Criterion
+    from graphprune.criteria.scoring import Scores
     from graphprune.groups.graph import DependencyGraph
-    from graphprune.scoring import Scores
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from graphprune.criteria.statistics.following import name, named
 from graphprune.groups.propagate import operators
-from graphprune.observing.following import name, named
 from graphprune.ops.registry import named_arguments
 from graphprune.reconstruction.report import LeftAlone
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from graphprune.criteria.statistics.following import follow, named
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.groups.propagate import operators
 from graphprune.lockstep import Follower
 from graphprune.masks.channels import checked_tensors
-from graphprune.observing.following import follow, named
 from graphprune.ops.registry import named_arguments
 from graphprune.reconstruction.windows import Windows
 from graphprune.surgery.rewriting import Removal
@@ -19,9 +19,9 @@ from graphprune.trace.recorder import record
 if TYPE_CHECKING:
     from torch import fx, nn
 
+    from graphprune.criteria.statistics.following import Look
     from graphprune.data.sources import Source
     from graphprune.masks.channels import Masks
-    from graphprune.observing.following import Look
     from graphprune.reconstruction.fitting import Fit
     from graphprune.reconstruction.readers import Call
     from graphprune.trace.inputs import Inputs

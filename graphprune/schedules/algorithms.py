@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.criteria import Part
+    from graphprune.criteria.scoring import Scores
     from graphprune.groups.graph import DependencyGraph
     from graphprune.masks.elements import ElementMasks
-    from graphprune.scoring import Scores
 
 OneShot: TypeAlias = "LevelPruner | ADMMPruner | Pruner"
 

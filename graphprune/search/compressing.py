@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from graphprune.criteria import Criterion, criterion_named, seen_by
+from graphprune.criteria.scoring import DATA_FREE
 from graphprune.errors import ConfigError, nearest
 from graphprune.pruners.admm import Convergence
 from graphprune.runs.progress import written_csv
 from graphprune.schedules.history import History, Round
-from graphprune.scoring import DATA_FREE
 from graphprune.search.annealing import Cooling
 from graphprune.search.objective import Trial
 from graphprune.training import Course, check_count, course

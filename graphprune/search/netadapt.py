@@ -21,12 +21,12 @@ import numpy as np
 from graphprune.budgets import first_met, keep_highest
 from graphprune.config import AMOUNTS
 from graphprune.criteria import Criterion
+from graphprune.criteria.scoring import score_groups
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
 from graphprune.schedules.keeping import held
-from graphprune.scoring import score_groups
 from graphprune.search.base import SearchResult
 from graphprune.search.base import best as best_of
 from graphprune.search.bench import finite, same_random

@@ -12,10 +12,10 @@ from torch import Tensor, distributed, nn
 
 import graphprune as gp
 from graphprune.criteria import APoZ, Taylor
+from graphprune.criteria.scoring import score_groups
+from graphprune.criteria.statistics import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
 from graphprune.data.distributed import agreed, summed
 from graphprune.data.sources import Loader
-from graphprune.observing import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
-from graphprune.scoring import score_groups
 from tests.support.operators import Network, conv, filled, normal
 
 NAMES = ("a.weight", "fc.weight")

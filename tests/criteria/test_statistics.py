@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.data.sources import Loader, Trainer
-from graphprune.errors import ConfigError, InputError
-from graphprune.observing import (
+from graphprune.criteria.statistics import (
     Observed,
     observe_activations,
     observe_curvature,
@@ -22,7 +20,9 @@ from graphprune.observing import (
     observe_joint,
     observe_products,
 )
-from graphprune.observing.curvature import signs
+from graphprune.criteria.statistics.curvature import signs
+from graphprune.data.sources import Loader, Trainer
+from graphprune.errors import ConfigError, InputError
 from tests.support.operators import Network, conv, filled, images, normal, sequences, vectors
 from tests.support.untouched import changes, snapshot
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphprune.criteria.statistics.following import follow, named
+from graphprune.criteria.statistics.places import Places
 from graphprune.data.distributed import summed
 from graphprune.errors import InputError
-from graphprune.observing.following import follow, named
-from graphprune.observing.places import Places
 
 if TYPE_CHECKING:
     from torch import fx, nn

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphprune.criteria.statistics.following import follow, name
+from graphprune.criteria.statistics.gradients import named, precise
 from graphprune.data.distributed import summed
 from graphprune.groups.propagate import operators
-from graphprune.observing.following import follow, name
-from graphprune.observing.gradients import named, precise
 from graphprune.ops.registry import named_arguments
 
 if TYPE_CHECKING:

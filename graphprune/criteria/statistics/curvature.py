@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from graphprune.criteria.statistics.gradients import averaged, differentiable, gradients, named, precise
 from graphprune.data.distributed import rank
 from graphprune.errors import ConfigError, InputError
-from graphprune.observing.gradients import averaged, differentiable, gradients, named, precise
 
 if TYPE_CHECKING:
     from graphprune.data.sources import Source

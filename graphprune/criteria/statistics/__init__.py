@@ -6,9 +6,9 @@ processes: the statistics of all their batches.
 
 from __future__ import annotations
 
-from graphprune.observing.activations import Observed, observe_activations
-from graphprune.observing.curvature import observe_curvature
-from graphprune.observing.gradients import observe_joint, observe_products
-from graphprune.observing.inputs import observe_inputs
+from graphprune.criteria.statistics.activations import Observed, observe_activations
+from graphprune.criteria.statistics.curvature import observe_curvature
+from graphprune.criteria.statistics.gradients import observe_joint, observe_products
+from graphprune.criteria.statistics.inputs import observe_inputs
 
 __all__ = ["Observed", "observe_activations", "observe_curvature", "observe_inputs", "observe_joint", "observe_products"]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graphprune.criteria.statistics.following import name
 from graphprune.groups.footprints import Distinct, Layout
 from graphprune.groups.propagate import Analysis
-from graphprune.observing.following import name
 from graphprune.ops.registry import Value
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from graphprune.criteria import Part, seen_by
+from graphprune.criteria.statistics import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
 from graphprune.data.distributed import agreed
 from graphprune.errors import ConfigError, MaskError
 from graphprune.groups.graph import Slice
 from graphprune.masks.channels import checked_tensors
-from graphprune.observing import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable
