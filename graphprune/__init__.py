@@ -6,7 +6,7 @@ scores them; masks say what stays; a speedup removes the rest physically and che
 
 from graphprune.budgets import Budget
 from graphprune.calibration import recalibrate
-from graphprune.cost import Cost, count
+from graphprune.cost.count import Cost, count
 from graphprune.criteria import (
     FPGM,
     L1,

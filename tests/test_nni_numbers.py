@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.cost import count_by_module
+from graphprune.cost.count import count_by_module
 from graphprune.criteria import Criterion
 from tests.support.networks import build
 from tests.support.operators import Network, conv, filled, images, normal

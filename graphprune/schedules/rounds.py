@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from graphprune.cost import count
+from graphprune.cost.count import count
+from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
-from graphprune.forecast import Forecast
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied
 from graphprune.masks.elements import ElementMasks

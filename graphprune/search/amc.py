@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphprune.budgets import first_met, keep_highest
+from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion
-from graphprune.forecast import Forecast
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
 from graphprune.search.base import SearchResult
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
-    from graphprune.cost import Cost
+    from graphprune.cost.count import Cost
     from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
     from graphprune.reconstruction import Reconstruction

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from graphprune.budgets import Budget
 from graphprune.config import AMOUNTS, split_rho
-from graphprune.cost import Cost, count
+from graphprune.cost.count import Cost, count
+from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
-from graphprune.forecast import Forecast
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.admm import ADMMPruner, Convergence

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from graphprune.cost import Cost
+from graphprune.cost.count import Cost
 from graphprune.runs.progress import new_figure, written, written_csv
 
 COLUMNS = ("group", "layers", "channels", "kept", "sparsity", "score", "drop", "params", "macs", "seconds")

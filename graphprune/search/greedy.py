@@ -14,10 +14,10 @@ import torch
 
 from graphprune.budgets import Budget, Ranking, kept_count
 from graphprune.config import AMOUNTS, check_sparsity
+from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
-from graphprune.forecast import Forecast
 from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.thresholds import reaching_threshold

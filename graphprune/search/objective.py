@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from graphprune.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
 from graphprune.config import AMOUNTS, check_sparsity
-from graphprune.cost import Cost
+from graphprune.cost.count import Cost
+from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
-from graphprune.forecast import Forecast
 from graphprune.masks.channels import Masks
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests

@@ -21,10 +21,10 @@ from rich.progress import Progress as RichProgress
 
 from graphprune.budgets import keep_highest, kept_count, least_kept
 from graphprune.config import AMOUNTS, check_sparsity
+from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
-from graphprune.forecast import Forecast
 from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.requests import requests

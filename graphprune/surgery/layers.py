@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graphprune.cost import Cost
-from graphprune.forecast import Forecast
+from graphprune.cost.count import Cost
+from graphprune.cost.predict import Forecast
 from graphprune.surgery.report import LayerReport
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Group as Renderable
 
     from graphprune.budgets import Budget
-    from graphprune.cost import Cost
+    from graphprune.cost.count import Cost
     from graphprune.groups.graph import Frozen, Unknown
 
 

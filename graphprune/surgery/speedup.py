@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphprune.budgets import Plan
-from graphprune.cost import Cost, count
+from graphprune.cost.count import Cost, count
 from graphprune.errors import MaskError, VerificationError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, checked_tensors

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.cost import count_by_module
+from graphprune.cost.count import count_by_module
 from tests.support.networks import randomise
 from tests.support.torchvision_shim import import_torchvision
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.cost import count_by_module
+from graphprune.cost.count import count_by_module
 from graphprune.trace.meta_device import LARGEST, shapes_suffice
 from tests.support.networks import call, load
 from tests.support.zoo_sources import blueprint

@@ -12,7 +12,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.budgets import kept_count
-from graphprune.cost import count_by_module
+from graphprune.cost.count import count_by_module
 from tests.support.handmade import residual
 from tests.support.operators import Network, conv, filled, images, words
 from tests.support.outputs import relative_error

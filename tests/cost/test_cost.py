@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphprune.cost import Cost, count, count_by_module
+from graphprune.cost.count import Cost, count, count_by_module
 from graphprune.errors import InputError
 from tests.support.networks import build
 from tests.support.untouched import changes, snapshot

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from graphprune.cost import Cost, count
+from graphprune.cost.count import Cost, count
 from graphprune.data.sources import generators_kept
 from graphprune.ops.registry import Value, named_arguments
 

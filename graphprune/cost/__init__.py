@@ -1,0 +1,1 @@
+"""Parameters and MACs: counted on a model, predicted for masks."""
