@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from graphprune.masks.channels import Masks
     from graphprune.recipes import Recipe, Step
     from graphprune.trace.inputs import Inputs
-    from graphprune.verification import Check
+    from graphprune.verify.replay import Check
 
 _TRAINED = (
     "have other values than the dense model's: trained since, or other weights (give those it was pruned with by --weights or --seed)"
@@ -43,7 +43,7 @@ def verify(
     """
     from graphprune.cli.loading import Request
     from graphprune.recipes import recipe_of
-    from graphprune.verification import Check
+    from graphprune.verify.replay import Check
 
     screen: Screen = ctx.obj
     files.check_readable(pruned, "the pruned model")
@@ -76,10 +76,10 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         InputError: a model cannot be run on the inputs.
     """
     from graphprune.masks.channels import checked_tensors
-    from graphprune.references import reference_for
     from graphprune.surgery.rewriting import Removal
     from graphprune.surgery.speedup import speedup
     from graphprune.trace.inputs import run, undisturbed
+    from graphprune.verify.reference import reference_for
 
     for step in recipe.steps[:-1]:
         dense, _ = speedup(dense, _masks(dense, step, inputs), verify=False, result=step.kind)

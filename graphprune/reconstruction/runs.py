@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from graphprune.criteria.statistics.following import follow, named
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.groups.propagate import operators
-from graphprune.lockstep import Follower
 from graphprune.masks.channels import checked_tensors
 from graphprune.ops.registry import named_arguments
 from graphprune.reconstruction.windows import Windows
 from graphprune.surgery.rewriting import Removal
 from graphprune.trace.recorder import record
+from graphprune.verify.lockstep import Follower
 
 if TYPE_CHECKING:
     from torch import fx, nn

@@ -15,7 +15,6 @@ from graphprune.errors import MaskError, VerificationError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.masks.elements import ElementMasks
-from graphprune.references import Reference, reference_for
 from graphprune.sizes.attributes import Undo, assign
 from graphprune.surgery.attributes import explained, set_attributes
 from graphprune.surgery.discovery import Discovery, discover
@@ -26,7 +25,8 @@ from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
 from graphprune.trace.caches import caches, clear
-from graphprune.verification import Check, require, runs_as_recorded
+from graphprune.verify.reference import Reference, reference_for
+from graphprune.verify.replay import Check, require, runs_as_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ from graphprune.surgery.rewriting import Removal
 from graphprune.trace.data_dependent import decision, freeze_decided, rounds_matter
 from graphprune.trace.inputs import tensors_in
 from graphprune.trace.recorder import record
-from graphprune.verification import difference, gathered, over_kept
+from graphprune.verify.replay import difference, gathered, over_kept
 
 if TYPE_CHECKING:
     from torch import fx, nn

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.lockstep import DepartureError, Entry, Leader, Run, follow, lead
 from graphprune.masks.channels import copied
 from graphprune.surgery.slicing import like
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import undisturbed
 from graphprune.trace.recorder import record
-from graphprune.verification import Check, difference, first_difference, masked_outputs, masked_tensor, output_tensors, tolerance_for
+from graphprune.verify.lockstep import DepartureError, Entry, Leader, Run, follow, lead
+from graphprune.verify.replay import Check, difference, first_difference, masked_outputs, masked_tensor, output_tensors, tolerance_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

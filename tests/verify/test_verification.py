@@ -18,7 +18,7 @@ import graphprune as gp
 import graphprune.surgery.speedup as surgery
 from graphprune.ops.registry import RULES, Labels, Op
 from graphprune.trace.recorder import record
-from graphprune.verification import Check, difference, output_tensors, tolerance_for
+from graphprune.verify.replay import Check, difference, output_tensors, tolerance_for
 from tests.support.handmade import residual
 from tests.support.invariants import coverage_faults, evaluate, permutation_error
 from tests.support.operators import Network, conv, filled, images

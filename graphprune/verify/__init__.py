@@ -1,0 +1,1 @@
+"""What the masked model computes, and whether a smaller model computes it."""
