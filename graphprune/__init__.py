@@ -5,7 +5,6 @@ scores them; masks say what stays; a speedup removes the rest physically and che
 """
 
 from graphprune.budgets import Budget
-from graphprune.calibration import recalibrate
 from graphprune.cost.count import Cost, count
 from graphprune.criteria import (
     FPGM,
@@ -70,6 +69,7 @@ from graphprune.search.studies import Study, StudyResult
 from graphprune.search.timing import OnnxLatency
 from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
+from graphprune.training.calibration import recalibrate
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import graphprune as gp
 from graphprune.schedules import Movement, MovementPruner
-from graphprune.training import Trainer
+from graphprune.training.session import Trainer
 from tests.support.killing import FORKS, kill, same
 
 EPOCHS = 4

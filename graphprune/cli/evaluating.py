@@ -133,8 +133,8 @@ class Recalibration:
 
     def __call__(self, model: nn.Module) -> None:
         """Does so."""
-        from graphprune.calibration import recalibrate
         from graphprune.data.sources import parted
+        from graphprune.training.calibration import recalibrate
 
         recalibrate(model, (parted(batch)[0] for batch in islice(self.batches, self.limit)))
 

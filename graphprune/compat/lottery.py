@@ -15,8 +15,8 @@ from graphprune.compat.former import exported
 from graphprune.errors import ConfigError
 from graphprune.masks.elements import ElementMasks
 from graphprune.schedules.functions import Exponential
-from graphprune.schedules.keeping import Keeper
-from graphprune.training import check_count
+from graphprune.training.keeping import Keeper
+from graphprune.training.session import check_count
 
 ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
 

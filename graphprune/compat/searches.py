@@ -20,7 +20,7 @@ from graphprune.data.sources import parted
 from graphprune.errors import ConfigError
 from graphprune.reconstruction import Reconstruction
 from graphprune.search.autocompress import AutoCompressPruner as _AutoCompressPruner
-from graphprune.training import refuse_former
+from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from graphprune.trace.inputs import Inputs

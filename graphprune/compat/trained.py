@@ -11,7 +11,7 @@ from torch import nn
 from graphprune import pruners, schedules
 from graphprune.compat.former import Former, epoch_trainer, today
 from graphprune.errors import ConfigError
-from graphprune.training import check_count
+from graphprune.training.session import check_count
 
 ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
 Trainer: TypeAlias = Callable[..., Any]

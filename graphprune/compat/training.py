@@ -16,7 +16,7 @@ from graphprune.errors import ConfigError
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.schedules import agp
-from graphprune.schedules.keeping import Keeper
+from graphprune.training.keeping import Keeper
 
 ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
 

@@ -18,7 +18,7 @@ from graphprune.errors import ConfigError
 from graphprune.masks.channels import copied
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.level import LevelPruner
-from graphprune.training import Session, added, check_count, course, refuse_evaluator, refuse_former
+from graphprune.training.session import Session, added, check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from graphprune.criteria import Part
     from graphprune.masks.channels import Masks
     from graphprune.masks.elements import ElementMasks
-    from graphprune.training import MakeOptimizer, Trainer
+    from graphprune.training.session import MakeOptimizer, Trainer
 
 Granularity: TypeAlias = Literal["fine-grained", "coarse-grained"]
 

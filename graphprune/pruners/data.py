@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graphprune.criteria import APoZ, MeanActivation, Taylor
 from graphprune.data.sources import source
 from graphprune.pruners.base import Options, Pruner
-from graphprune.training import refuse_evaluator
+from graphprune.training.session import refuse_evaluator
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from graphprune.errors import ConfigError, InputError
 from graphprune.masks.elements import ElementMasks
 from graphprune.selectors import Trait
 from graphprune.trace.meta_device import require_values
-from graphprune.training import refuse_former
+from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphprune.criteria import FPGM, L1, L2
 from graphprune.pruners.base import Options, Pruner
-from graphprune.training import refuse_former
+from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from torch import nn

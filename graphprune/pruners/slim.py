@@ -11,7 +11,7 @@ from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Options, Pruner
 from graphprune.selectors import Trait
-from graphprune.training import Session, added, check_count, course, refuse_evaluator, refuse_former
+from graphprune.training.session import Session, added, check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.groups.graph import Group, Slice
-    from graphprune.training import MakeOptimizer, Trainer
+    from graphprune.training.session import MakeOptimizer, Trainer
 
 _FORMER = {
     "training_steps": "training_epochs=, the number of calls of the trainer",

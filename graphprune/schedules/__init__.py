@@ -5,9 +5,9 @@ from graphprune.schedules.gradual import AGPPruner
 from graphprune.schedules.history import History, Movement, Movements, Round
 from graphprune.schedules.lottery import LotteryTicketPruner
 from graphprune.schedules.movement import MovementPruner
-from graphprune.schedules.optimizers import slice_average, slice_optimizer
 from graphprune.schedules.rounds import LinearPruner, RoundsPruner
 from graphprune.schedules.state import Outcome
+from graphprune.training.optimizers import slice_average, slice_optimizer
 
 __all__ = [
     "AGP",

@@ -8,8 +8,8 @@ from torch import nn
 
 from graphprune.errors import ConfigError
 from graphprune.schedules.functions import AGP, Schedule
-from graphprune.schedules.keeping import Keeper
 from graphprune.schedules.rounds import RoundsPruner
+from graphprune.training.keeping import Keeper
 
 if TYPE_CHECKING:
     from graphprune.masks.channels import Masks

@@ -13,7 +13,7 @@ from graphprune.errors import ConfigError, nearest
 from graphprune.runs.checkpoint import digest
 from graphprune.schedules.functions import Exponential, Schedule
 from graphprune.schedules.rounds import RoundsPruner
-from graphprune.training import check_count
+from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
     from graphprune.schedules.algorithms import OneShot

@@ -24,14 +24,14 @@ from graphprune.runs.progress import keep_history
 from graphprune.schedules.history import Movement, Movements, bar
 from graphprune.schedules.moving import Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
-from graphprune.training import check_count, course, refuse_evaluator, refuse_former
+from graphprune.training.session import check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from graphprune.masks.channels import Masks
     from graphprune.masks.elements import ElementMasks
-    from graphprune.training import MakeOptimizer, Trainer
+    from graphprune.training.session import MakeOptimizer, Trainer
 
 MovementMode: TypeAlias = Literal["hard", "soft"]
 _KINDS = ("finegrained", "rows", "channels", "auto")

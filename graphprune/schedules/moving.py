@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 
 from graphprune.errors import ConfigError, InputError
 from graphprune.runs.checkpoint import Saved, digest
-from graphprune.schedules.finetuning import checked_score
 from graphprune.schedules.history import Movement
-from graphprune.schedules.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of
-from graphprune.schedules.tensors import Kept
-from graphprune.training import Session, flags_kept
+from graphprune.training.finetuning import checked_score
+from graphprune.training.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of
+from graphprune.training.session import Session, flags_kept
+from graphprune.training.tensors import Kept
 
 if TYPE_CHECKING:
     from graphprune.schedules.movement import MovementPruner

@@ -27,17 +27,17 @@ from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history
 from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of
 from graphprune.schedules.entries import Planned, planned, relative
-from graphprune.schedules.finetuning import Trainee, Wishes, checked_score
 from graphprune.schedules.functions import Linear, Schedule
 from graphprune.schedules.history import History, Round, bar
-from graphprune.schedules.keeping import held, removed
-from graphprune.schedules.packing import settings_of
 from graphprune.schedules.state import Outcome, State
-from graphprune.training import Course, check_count, flags_kept
+from graphprune.training.finetuning import Trainee, Wishes, checked_score
+from graphprune.training.keeping import held, removed
+from graphprune.training.packing import settings_of
+from graphprune.training.session import Course, check_count, flags_kept
 
 if TYPE_CHECKING:
     from graphprune.groups.graph import DependencyGraph
-    from graphprune.schedules.finetuning import Finetune, MakeScheduler
+    from graphprune.training.finetuning import Finetune, MakeScheduler
 
 
 class RoundsPruner:

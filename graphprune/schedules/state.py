@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied
 from graphprune.masks.elements import ElementMasks
-from graphprune.schedules.finetuning import Snapshot, Trainee, packed, unpacked
 from graphprune.schedules.history import Round
-from graphprune.schedules.optimizers import slice_average
-from graphprune.schedules.packing import packed_optimizer, restore_optimizer
-from graphprune.schedules.tensors import Kept
 from graphprune.surgery.recipe import composed
 from graphprune.surgery.speedup import speedup
+from graphprune.training.finetuning import Snapshot, Trainee, packed, unpacked
+from graphprune.training.optimizers import slice_average
+from graphprune.training.packing import packed_optimizer, restore_optimizer
+from graphprune.training.tensors import Kept
 
 if TYPE_CHECKING:
     from graphprune.groups.graph import DependencyGraph

@@ -28,7 +28,7 @@ from graphprune.search.objective import Constraint, Objective, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
-from graphprune.training import check_count, refuse_former
+from graphprune.training.session import check_count, refuse_former
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -22,7 +22,7 @@ from graphprune.errors import ConfigError
 from graphprune.search.base import SearchResult, run
 from graphprune.search.objective import Sparsities, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
-from graphprune.training import check_count, refuse_former
+from graphprune.training.session import check_count, refuse_former
 
 if TYPE_CHECKING:
     from torch import nn

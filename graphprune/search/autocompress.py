@@ -27,10 +27,7 @@ from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history, ticking
-from graphprune.schedules.finetuning import Finetune, Trainee, Wishes
 from graphprune.schedules.functions import Exponential
-from graphprune.schedules.keeping import held
-from graphprune.schedules.packing import settings_of
 from graphprune.schedules.state import Outcome, State
 from graphprune.search.allocation import Projection, Remaining, narrowed
 from graphprune.search.annealing import Annealing
@@ -40,7 +37,10 @@ from graphprune.search.compressing import FORMER, TRAINING, Compression, Compres
 from graphprune.search.pruner import require_constraints
 from graphprune.search.scattering import scattered
 from graphprune.search.scoreboard import name_of
-from graphprune.training import check_count, flags_kept, refuse_former
+from graphprune.training.finetuning import Finetune, Trainee, Wishes
+from graphprune.training.keeping import held
+from graphprune.training.packing import settings_of
+from graphprune.training.session import check_count, flags_kept, refuse_former
 
 if TYPE_CHECKING:
     from graphprune.search.objective import Trial

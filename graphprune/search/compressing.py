@@ -15,7 +15,7 @@ from graphprune.runs.progress import written_csv
 from graphprune.schedules.history import History, Round
 from graphprune.search.annealing import Cooling
 from graphprune.search.objective import Trial
-from graphprune.training import Course, check_count, course
+from graphprune.training.session import Course, check_count, course
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,11 +22,11 @@ from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.runs.checkpoint import Run, digest
-from graphprune.schedules.keeping import held
 from graphprune.search.bench import Bench, Evaluator
 from graphprune.search.curves import last_admissible
 from graphprune.search.scoreboard import name_of
 from graphprune.search.sensitivity import SPARSITIES, Asked, Progress, Subject, analysed, places
+from graphprune.training.keeping import held
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,7 +26,6 @@ from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
-from graphprune.schedules.keeping import held
 from graphprune.search.base import SearchResult
 from graphprune.search.base import best as best_of
 from graphprune.search.bench import finite, same_random
@@ -37,7 +36,8 @@ from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
 from graphprune.surgery.speedup import speedup
-from graphprune.training import refuse_former
+from graphprune.training.keeping import held
+from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -27,7 +27,7 @@ from graphprune.search.bench import finite, same_random
 from graphprune.search.objective import Objective, Sparsities, Trial
 from graphprune.search.showing import bar, plotted, tabulated
 from graphprune.search.storages import INSTALL, NOBODY, is_dead, opened, optuna_package, owner_of_this_process, quietly
-from graphprune.training import check_count
+from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
     import optuna

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graphprune.calibration import recalibrate
 from graphprune.errors import InputError
+from graphprune.training.calibration import recalibrate
 from tests.support.untouched import changes, snapshot
 
 STATISTICS = ("running_mean", "running_var")

@@ -16,9 +16,9 @@ from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import copied
 from graphprune.runs.checkpoint import plain
-from graphprune.schedules.keeping import held
-from graphprune.schedules.optimizers import slice_optimizer, sliced_state
-from graphprune.training import Course, check_count, course, flags_kept, twin_optimizer
+from graphprune.training.keeping import held
+from graphprune.training.optimizers import slice_optimizer, sliced_state
+from graphprune.training.session import Course, check_count, course, flags_kept, twin_optimizer
 
 if TYPE_CHECKING:
     from graphprune.masks.channels import Masks

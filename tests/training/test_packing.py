@@ -14,7 +14,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.runs.checkpoint import Run
-from graphprune.schedules.packing import Packer, Unpacker, packed_optimizer, restore_optimizer
+from graphprune.training.packing import Packer, Unpacker, packed_optimizer, restore_optimizer
 
 
 def through(value: Any, known: Any = ()) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.schedules.packing import Packer, Unpacker
+from graphprune.training.packing import Packer, Unpacker
 
 
 class Kept:

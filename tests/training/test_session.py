@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from graphprune.errors import ConfigError, InputError
-from graphprune.training import Course, Session, course
+from graphprune.training.session import Course, Session, course
 from tests.support.untouched import changes, same_bits, snapshot
 
 LR, MOMENTUM, STRENGTH = 0.05, 0.9, 0.02
