@@ -4,7 +4,6 @@ A model's forward pass is recorded as a graph of operators; one rule per operato
 scores them; masks say what stays; a speedup removes the rest physically and checks that the result computes what the masked model does.
 """
 
-from graphprune.budgets import Budget
 from graphprune.cost.count import Cost, count
 from graphprune.criteria import (
     FPGM,
@@ -51,6 +50,7 @@ from graphprune.pruners import (
     TaylorFOWeightPruner,
     WeightSparsity,
 )
+from graphprune.pruners.budgets import Budget
 from graphprune.pruning import prune
 from graphprune.recipes import Recipe, load, save
 from graphprune.reconstruction import Reconstruction, ReconstructionReport, reconstruct

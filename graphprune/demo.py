@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.config import check_sparsity
 from graphprune.errors import ConfigError, FileError, InputError
+from graphprune.pruners.config import check_sparsity
 
 Progress = Callable[[str, int, int], None]  # is told the stage, the steps done and the steps in total
 SPLIT_SEED = 0  # the split of the data is the same for every seed of the training

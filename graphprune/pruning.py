@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphprune.config import check_sparsity
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.criteria.scoring import Aggregation, Scope
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Mode, Options, Pruner
+from graphprune.pruners.config import check_sparsity
 from graphprune.pruners.families import Cut
 from graphprune.surgery.report import SpeedupReport
 from graphprune.surgery.speedup import speedup
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from graphprune.budgets import Budget, Rounding
+    from graphprune.pruners.budgets import Budget, Rounding
 
 
 def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)

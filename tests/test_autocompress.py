@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budgets import kept_count
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, FileError, InputError
+from graphprune.pruners.budgets import kept_count
 from graphprune.search.allocation import Projection, Remaining, narrowed
 from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.scattering import scattered

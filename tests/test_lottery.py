@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.budgets import kept_count
+from graphprune.pruners.budgets import kept_count
 from graphprune.recipes import recipe_of
 from graphprune.recipes.replay import slice_state_dict
 from graphprune.schedules import LotteryTicketPruner

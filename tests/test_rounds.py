@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.budgets import kept_count
 from graphprune.pruners import L1NormPruner
+from graphprune.pruners.budgets import kept_count
 from graphprune.recipes import recipe_of
 from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner
 from graphprune.schedules.functions import agp

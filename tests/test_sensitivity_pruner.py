@@ -12,7 +12,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune import compat
-from graphprune.budgets import keep_highest
+from graphprune.pruners.budgets import keep_highest
 from graphprune.search.curves import last_admissible
 from graphprune.search.sensitivity import SPARSITIES
 from tests.support.sensitivity_cases import INPUTS, WIDTHS, Chain, Mass, Training, masses, pruner, uneven

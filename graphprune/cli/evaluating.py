@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 import typer
 
-from graphprune.config import AMOUNTS
 from graphprune.errors import ConfigError
+from graphprune.pruners.config import AMOUNTS
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.budgets import Budget
     from graphprune.cli.loading import Loaded, Request
+    from graphprune.pruners.budgets import Budget
     from graphprune.search.evaluators import DataEvaluator, Metric
     from graphprune.search.objective import Objective
 

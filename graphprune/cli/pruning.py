@@ -10,14 +10,14 @@ import typer
 
 from graphprune.cli import arguments, files
 from graphprune.cli.screen import Screen, to_json
-from graphprune.config import check_sparsity
 from graphprune.errors import ConfigError
+from graphprune.pruners.config import check_sparsity
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.budgets import Budget
     from graphprune.cli.loading import Loaded
+    from graphprune.pruners.budgets import Budget
 
 _DEFAULT_SPARSITY = 0.5
 
@@ -116,7 +116,7 @@ def amount(sparsity: float | None, macs: float | None, params: float | None, con
     Raises:
         ConfigError: two of them say how much goes, or one is no such fraction.
     """
-    from graphprune.budgets import Budget
+    from graphprune.pruners.budgets import Budget
 
     given = [name for name, value in (("--sparsity", sparsity), ("--macs", macs), ("--params", params)) if value is not None]
     if config is not None and sparsity is not None:

@@ -23,7 +23,7 @@ class _OfWeights(Former):
 
     Args:
         model: left as it is.
-        config_list: see `graphprune.config`.
+        config_list: see `graphprune.pruners.config`.
         dependency_aware: True prunes coupled groups and needs `dummy_input`; False prunes each layer by itself; left out, groups are
             pruned where there is a `dummy_input` to find them with.
         dummy_input: the example inputs.
@@ -65,7 +65,7 @@ class _OfData(Former):
 
     Args:
         model: left as it is.
-        config_list: see `graphprune.config`.
+        config_list: see `graphprune.pruners.config`.
         optimizer: given to the trainer; its `step` does nothing.
         trainer: called as trainer(model, optimizer, criterion, epoch), the last if it takes that; it shows the model its data and trains
             nothing.

@@ -36,7 +36,7 @@ class LotteryTicketPruner:
 
     Args:
         model: masked in place, and kept masked in every forward pass, from the second round on.
-        config_list: entries with the `sparsity` to reach and `prune_iterations`, the same number in all; see `graphprune.config`.
+        config_list: entries with the `sparsity` to reach and `prune_iterations`, the same number in all; see `graphprune.pruners.config`.
         optimizer: of the model's parameters.
         lr_scheduler: of the optimizer.
         reset_weights: put weights, optimizer and scheduler back at the beginning of every round; otherwise they stay as trained.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import nn
 
 from graphprune import search
-from graphprune.budgets import Budget
 from graphprune.compat.former import Former, epoch_trainer, today
 from graphprune.compat.trained import criterion_or_cross_entropy, own_adam, with_rho
 from graphprune.data.sources import parted
 from graphprune.errors import ConfigError
+from graphprune.pruners.budgets import Budget
 from graphprune.reconstruction import Reconstruction
 from graphprune.search.autocompress import AutoCompressPruner as _AutoCompressPruner
 from graphprune.training.session import refuse_former
@@ -55,7 +55,7 @@ class SimulatedAnnealingPruner(Former, search.SimulatedAnnealingPruner):
 
     Args:
         model: left bit-identical.
-        config_list: with the `sparsity` of all channels of an entry together, see `graphprune.config`.
+        config_list: with the `sparsity` of all channels of an entry together, see `graphprune.pruners.config`.
         evaluator: from a shrunk model to a number.
         optimize_mode: "maximize" or "minimize".
         base_algo: "l1", "l2", "fpgm" or another criterion of channels.
@@ -101,7 +101,7 @@ class NetAdaptPruner(Former, search.NetAdaptPruner):
 
     Args:
         model: left bit-identical.
-        config_list: with the `sparsity` of all channels of an entry together, see `graphprune.config`.
+        config_list: with the `sparsity` of all channels of an entry together, see `graphprune.pruners.config`.
         short_term_fine_tuner: trains a shrunk model in place.
         evaluator: from a shrunk model to a number.
         optimize_mode: "maximize" or "minimize".
@@ -137,7 +137,7 @@ class SensitivityPruner(Former, search.SensitivityPruner):
 
     Args:
         model: left bit-identical.
-        config_list: with the share of the weights that is to go as `sparsity`, see `graphprune.config`.
+        config_list: with the share of the weights that is to go as `sparsity`, see `graphprune.pruners.config`.
         evaluator: from a model to its score; see `compress`.
         finetuner: trains a model in place; see `compress`.
         base_algo: "l1", "l2", "fpgm" or another criterion of channels.
@@ -213,7 +213,7 @@ class AMCPruner(Former, search.AMCPruner):
 
     Args:
         model: left bit-identical.
-        config_list: which layers lose channels, see `graphprune.config`.
+        config_list: which layers lose channels, see `graphprune.pruners.config`.
         evaluator: evaluator(val_loader, model) returns the reward.
         val_loader: its first batch finds the groups where there is no `dummy_input`.
         others: none; what comes behind val_loader is given by name.
@@ -274,7 +274,7 @@ class AutoCompressPruner(Former, _AutoCompressPruner):
 
     Args:
         model: left bit-identical.
-        config_list: with the `sparsity` of all channels of an entry together, see `graphprune.config`.
+        config_list: with the `sparsity` of all channels of an entry together, see `graphprune.pruners.config`.
         trainer: trainer(model, optimizer, criterion, epoch), of ADMM.
         evaluator: from a shrunk model to a number.
         dummy_input: the example inputs.

@@ -25,7 +25,7 @@ class LevelPruner(Former, pruners.LevelPruner):
 
     Args:
         model: left as it is.
-        config_list: see `graphprune.config`.
+        config_list: see `graphprune.pruners.config`.
         dependency_aware: False, as single weights depend on nothing.
         dummy_input: not needed.
         options: those of today.
@@ -56,7 +56,7 @@ class SlimPruner(Former, pruners.SlimPruner):
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: see `graphprune.config`.
+        config_list: see `graphprune.pruners.config`.
         optimizer: of the model's parameters.
         trainer: trainer(model, optimizer, criterion, epoch).
         criterion: given to the trainer.
@@ -93,7 +93,7 @@ class ADMMPruner(Former, pruners.ADMMPruner):
 
     Args:
         model: left bit-identical.
-        config_list: see `graphprune.config`.
+        config_list: see `graphprune.pruners.config`.
         trainer: trainer(model, optimizer, criterion, epoch).
         criterion: given to the trainer; cross entropy by default.
         num_iterations: how often to project.
@@ -133,7 +133,7 @@ class AGPPruner(Former, schedules.AGPPruner):
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: with the `sparsity` to reach, see `graphprune.config`.
+        config_list: with the `sparsity` to reach, see `graphprune.pruners.config`.
         optimizer: of the model's parameters.
         trainer: trainer(model, optimizer, criterion, epoch).
         criterion: given to the trainer.

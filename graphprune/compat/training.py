@@ -27,7 +27,7 @@ class _InPlace:
     """What these pruners share: bound to a model by a call, they mask its weights until `finish`.
 
     Args:
-        config_list: see `graphprune.config`; checked against the model when the pruner is called with it.
+        config_list: see `graphprune.pruners.config`; checked against the model when the pruner is called with it.
 
     Raises:
         ConfigError: something else than a config list comes first.
@@ -117,7 +117,7 @@ class LevelPruner(_EitherWay):
     With a model in front of the config list, as later in the first version, it is `graphprune.compat.trained.LevelPruner`.
 
     Args:
-        config_list: entries with a `sparsity` or a `total_sparsity`, see `graphprune.config`.
+        config_list: entries with a `sparsity` or a `total_sparsity`, see `graphprune.pruners.config`.
 
     Raises:
         ConfigError: something else than a config list comes first.
@@ -163,7 +163,7 @@ class AGP_Pruner(_ByEpoch):  # noqa: N801 (the name of that time)
     sparsity no longer changes, the masks do not either.
 
     Args:
-        config_list: see above; selectors and `exclude` as in `graphprune.config`.
+        config_list: see above; selectors and `exclude` as in `graphprune.pruners.config`.
 
     Raises:
         ConfigError: something else than a config list comes first, or an entry's schedule is not usable.
@@ -207,7 +207,7 @@ class SensitivityPruner(_ByEpoch, _EitherWay):
     the pruner is called with the model and in every `update_epoch`. Weights that were masked stay so.
 
     Args:
-        config_list: entries with a `sparsity`, see `graphprune.config`.
+        config_list: entries with a `sparsity`, see `graphprune.pruners.config`.
 
     Raises:
         ConfigError: something else than a config list comes first.

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.budgets import Plan
-from graphprune.config import split_rho
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import copied
 from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.budgets import Plan
+from graphprune.pruners.config import split_rho
 from graphprune.pruners.level import LevelPruner
 from graphprune.training.session import Session, added, check_count, course, refuse_evaluator, refuse_former
 
@@ -74,7 +74,7 @@ class ADMMPruner:
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries as in the seeds, see `graphprune.config`, with a "rho" above 0 where 1e-4 is not wanted. Fine-grained,
+        config_list: entries as in the seeds, see `graphprune.pruners.config`, with a "rho" above 0 where 1e-4 is not wanted. Fine-grained,
             sparsities are shares of weights; coarse-grained, of channels.
         trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
         optimizer: bound to the model's parameters, or a function from parameters to an optimizer.

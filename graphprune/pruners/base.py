@@ -8,19 +8,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
-from graphprune.budgets import Budget, Plan, Rounding, keep_highest, kept_count
-from graphprune.config import resolve
 from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
 from graphprune.criteria.scoring import DATA_FREE, Aggregation, Scope, Scores, score_groups
 from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
+from graphprune.pruners.budgets import Budget, Plan, Rounding, keep_highest, kept_count
+from graphprune.pruners.config import resolve
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.families import CUTS, Cut
 from graphprune.pruners.layerwise import Layerwise, layers_with_rows
 from graphprune.pruners.requests import requests
-from graphprune.selectors import CHANNELS, Trait
+from graphprune.pruners.selectors import CHANNELS, Trait
 from graphprune.sizes.widths import stated_widths
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Pruner:
 
     Args:
         model: left as it is.
-        config_list: entries as in the seeds, see `graphprune.config`; a layer that no entry matches is kept whole. With a budget, entries
+        config_list: entries as in the seeds, see `graphprune.pruners.config`; a layer that no entry matches is kept whole. With a budget, entries
             say which layers lose channels and not how many.
         criterion: scores channels: the name of one, or one, see `graphprune.criteria`.
         example_inputs: what the model is run on to find its groups: a tensor, a tuple of arguments, a dict of keyword arguments, or

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from graphprune.budgets import Budget, Ranking, Rounding, keep_highest, kept_count, least_kept
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError
+from graphprune.pruners.budgets import Budget, Ranking, Rounding, keep_highest, kept_count, least_kept
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

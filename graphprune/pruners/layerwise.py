@@ -15,21 +15,21 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from graphprune.budgets import keep_highest
 from graphprune.criteria import Part
 from graphprune.errors import MaskError
 from graphprune.groups.graph import Slice
 from graphprune.masks.elements import ElementMasks
+from graphprune.pruners.budgets import keep_highest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
-    from graphprune.config import ResolvedConfig
     from graphprune.criteria import Criterion
     from graphprune.criteria.scoring import Scores
     from graphprune.groups.graph import DependencyGraph
+    from graphprune.pruners.config import ResolvedConfig
 
 
 @dataclass(frozen=True)

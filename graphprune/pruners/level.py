@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
-from graphprune.config import LayerConfig, resolve
 from graphprune.criteria import lamp
 from graphprune.errors import ConfigError, InputError
 from graphprune.masks.elements import ElementMasks
-from graphprune.selectors import Trait
+from graphprune.pruners.config import LayerConfig, resolve
+from graphprune.pruners.selectors import Trait
 from graphprune.trace.meta_device import require_values
 from graphprune.training.session import refuse_former
 
@@ -90,7 +90,7 @@ class LevelPruner:
 
     Args:
         model: left as it is.
-        config_list: entries as in the seeds, see `graphprune.config`; sparsities are shares of a layer's weights.
+        config_list: entries as in the seeds, see `graphprune.pruners.config`; sparsities are shares of a layer's weights.
         mode: "normal"; "balance" removes the same number of weights from every block; "global" insists on `total_sparsity` in all entries.
         balance_gran: for "balance", the shape of a block, aligned with the last dimensions of the weight: [4] at 0.5 keeps 2 of 4.
         criterion: "magnitude" ranks by |w|. "lamp" makes magnitudes of different layers comparable (see `lamp_scores`), which matters to

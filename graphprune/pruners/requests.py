@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from graphprune.pruners.families import Cut, skipped
 
 if TYPE_CHECKING:
-    from graphprune.config import ResolvedConfig
     from graphprune.groups.graph import DependencyGraph, Group
+    from graphprune.pruners.config import ResolvedConfig
 
 Selectable: TypeAlias = "Callable[[Group], tuple[str, ...]]"
 

@@ -10,7 +10,7 @@ from graphprune.criteria import BNScale
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Options, Pruner
-from graphprune.selectors import Trait
+from graphprune.pruners.selectors import Trait
 from graphprune.training.session import Session, added, check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SlimPruner(Pruner):
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries as in the seeds, see `graphprune.config`.
+        config_list: entries as in the seeds, see `graphprune.pruners.config`.
         trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
         optimizer: bound to the model's parameters, or a function from parameters to an optimizer.
         criterion: handed to the trainer.

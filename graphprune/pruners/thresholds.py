@@ -23,7 +23,7 @@ def reaching_threshold(model: nn.Module, config_list: Sequence[Mapping[str, Any]
 
     Args:
         model: left as it is.
-        config_list: entries with a `sparsity`, see `graphprune.config`.
+        config_list: entries with a `sparsity`, see `graphprune.pruners.config`.
         before: weights that these masks remove stay removed.
 
     Raises:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from graphprune.budgets import kept_count, least_kept
 from graphprune.errors import ConfigError
+from graphprune.pruners.budgets import kept_count, least_kept
 from graphprune.schedules.functions import AGP, Schedule
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from graphprune.config import check_sparsity
 from graphprune.errors import ConfigError
+from graphprune.pruners.config import check_sparsity
 
 
 class Schedule(Protocol):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphprune.budgets import Plan
 from graphprune.data.distributed import processes
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options
+from graphprune.pruners.budgets import Plan
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history
 from graphprune.schedules.history import Movement, Movements, bar
@@ -66,7 +66,7 @@ class MovementPruner:
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries as in the seeds, see `graphprune.config`. Sparsities are shares of what there is a score for. In mode "soft",
+        config_list: entries as in the seeds, see `graphprune.pruners.config`. Sparsities are shares of what there is a score for. In mode "soft",
             as in NNI, `sparsity` is the threshold that the sigmoid of scores is compared with, usually 0.1.
         trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
         optimizer: bound to the model's parameters, or a function from parameters to an optimizer.

@@ -48,7 +48,7 @@ class RoundsPruner:
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries with the sparsities to reach, see `graphprune.config`.
+        config_list: entries with the sparsities to reach, see `graphprune.pruners.config`.
         pruning_algorithm: "level", "l1", "l2", "fpgm", "slim", "apoz", "mean_activation", "taylorfo" or "admm", or a pruner's class.
         total_iteration: n, how many rounds.
         log_dir: another name of `folder`.

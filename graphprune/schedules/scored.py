@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from graphprune.budgets import Plan, kept_count, least_kept
 from graphprune.criteria import L1, Part
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.budgets import Plan, kept_count, least_kept
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.level import LevelPruner, smallest, whole
 from graphprune.pruners.requests import requests
@@ -29,8 +29,8 @@ from graphprune.pruners.requests import requests
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from graphprune.config import LayerConfig
     from graphprune.groups.graph import Group, Slice
+    from graphprune.pruners.config import LayerConfig
 
 _OPTIONS = ("mode", "rounding", "round_to", "cut", "graph", "source")
 
@@ -125,7 +125,7 @@ class Blocks:
 
     Args:
         model: whose weights they are.
-        config_list: entries, see `graphprune.config`; a layer can be selected when it has a weight of two or more dimensions.
+        config_list: entries, see `graphprune.pruners.config`; a layer can be selected when it has a weight of two or more dimensions.
         shape: "finegrained", "rows", or the height and width of a block.
 
     Raises:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from graphprune.budgets import keep_highest
 from graphprune.criteria import FPGM, Criterion, criterion_named
 from graphprune.masks.channels import Masks
+from graphprune.pruners.budgets import keep_highest
 from graphprune.schedules.algorithms import FPGMOfKept
 from graphprune.search.objective import Objective, Sparsities, Trial
 

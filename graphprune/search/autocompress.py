@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from graphprune.budgets import Budget
-from graphprune.config import AMOUNTS, split_rho
 from graphprune.cost.count import Cost, count
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
@@ -25,6 +23,8 @@ from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options
+from graphprune.pruners.budgets import Budget
+from graphprune.pruners.config import AMOUNTS, split_rho
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history, ticking
 from graphprune.schedules.functions import Exponential
@@ -66,7 +66,7 @@ class AutoCompressPruner:
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries as in the seeds, see `graphprune.config`; all of them count. A "sparsity" or "total_sparsity" is that of all
+        config_list: entries as in the seeds, see `graphprune.pruners.config`; all of them count. A "sparsity" or "total_sparsity" is that of all
             channels of its entry together; with `budget=`, entries say only which layers lose channels. "rho" is ADMM's, by default 1e-4.
         total_iteration: N, how many rounds.
         admm_params: how to train towards sparsities: `trainer`, `optimizer`, `criterion`, `data` and `loss` (or by keyword, see

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 import torch
 
-from graphprune.budgets import Budget, Ranking, kept_count
-from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks, copied, tensors_of
 from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.budgets import Budget, Ranking, kept_count
+from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.search.bench import Bench, Evaluator

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from graphprune.budgets import keep_highest
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks
+from graphprune.pruners.budgets import keep_highest
 from graphprune.search.bench import finite
 from graphprune.search.objective import Constraint, Objective
 from graphprune.surgery.speedup import speedup

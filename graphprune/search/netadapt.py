@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from graphprune.budgets import first_met, keep_highest
-from graphprune.config import AMOUNTS
 from graphprune.criteria import Criterion
 from graphprune.criteria.scoring import score_groups
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks, copied, tensors_of
+from graphprune.pruners.budgets import first_met, keep_highest
+from graphprune.pruners.config import AMOUNTS
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
 from graphprune.search.base import SearchResult
@@ -109,7 +109,7 @@ class NetAdaptPruner(SearchPruner):
 
     Args:
         model: left bit-identical.
-        config_list: entries as in the seeds, see `graphprune.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
+        config_list: entries as in the seeds, see `graphprune.pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
             together; with `budget=` or `cost=`, entries say only which layers lose channels.
         short_term_fine_tuner: trains the shrunk copy in place; None trains nothing. Optimizers are made anew from its parameters.
         evaluator: from a shrunk model to a number.

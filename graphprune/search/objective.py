@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from graphprune.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
-from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.cost.count import Cost
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
@@ -21,6 +19,8 @@ from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
 from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
+from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
 from graphprune.reconstruction import Reconstruction
 from graphprune.runs.checkpoint import digest

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from graphprune.budgets import keep_highest, kept_count, least_kept
-from graphprune.config import AMOUNTS, check_sparsity
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.budgets import keep_highest, kept_count, least_kept
+from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
 from graphprune.runs.checkpoint import digest
 from graphprune.search.bench import Bench, Evaluator, Kept, Walk, check_processes, drive

@@ -14,9 +14,9 @@ from graphprune.surgery.report import LayerReport
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.budgets import Plan
     from graphprune.groups.graph import DependencyGraph
     from graphprune.masks.channels import Masks
+    from graphprune.pruners.budgets import Plan
 
 
 def layer_reports(model: nn.Module, masks: Masks, plan: Plan) -> Iterator[LayerReport]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.console import Group as Renderable
 
-    from graphprune.budgets import Budget
     from graphprune.cost.count import Cost
     from graphprune.groups.graph import Frozen, Unknown
+    from graphprune.pruners.budgets import Budget
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from graphprune.budgets import Plan
 from graphprune.cost.count import Cost, count
 from graphprune.errors import MaskError, VerificationError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.masks.elements import ElementMasks
+from graphprune.pruners.budgets import Plan
 from graphprune.sizes.attributes import Undo, assign
 from graphprune.surgery.attributes import explained, set_attributes
 from graphprune.surgery.discovery import Discovery, discover

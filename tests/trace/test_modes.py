@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.budgets import kept_count
 from graphprune.cost.count import count_by_module
+from graphprune.pruners.budgets import kept_count
 from tests.support.handmade import residual
 from tests.support.operators import Network, conv, filled, images, words
 from tests.support.outputs import relative_error

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.budgets import Ranking, Rounding
 from graphprune.cost.count import count_by_module
 from graphprune.cost.predict import Forecast
+from graphprune.pruners.budgets import Ranking, Rounding
 from tests.support.handmade import residual
 from tests.support.networks import build
 from tests.support.operators import Network, conv, filled, images, normal, sequences, table, words

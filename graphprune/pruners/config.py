@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from graphprune.errors import ConfigError, nearest
-from graphprune.selectors import CHANNELS, DEFAULT_TYPE, SELECTORS, Names, Trait, check_name, select
+from graphprune.pruners.selectors import CHANNELS, DEFAULT_TYPE, SELECTORS, Names, Trait, check_name, select
 
 ConfigList: TypeAlias = Sequence[Mapping[str, object]]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune as gp
-from graphprune.budgets import keep_highest, kept_count
+from graphprune.pruners.budgets import keep_highest, kept_count
 from tests.support.handmade import residual
 from tests.support.operators import Network, conv, filled, images, normal, sequences
 from tests.support.untouched import changes, same_bits, snapshot

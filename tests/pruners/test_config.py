@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphprune.config import LayerConfig, ResolvedConfig, check_sparsity, resolve
 from graphprune.errors import ConfigError
+from graphprune.pruners.config import LayerConfig, ResolvedConfig, check_sparsity, resolve
 
 LAYERS = {
     "conv1": "Conv2d",
