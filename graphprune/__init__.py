@@ -53,7 +53,7 @@ from graphprune.pruners import (
 from graphprune.pruners.budgets import Budget
 from graphprune.pruning import prune
 from graphprune.recipes import Recipe, load, save
-from graphprune.reconstruction import Reconstruction, ReconstructionReport, reconstruct
+from graphprune.repair import Reconstruction, ReconstructionReport, reconstruct
 from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
 from graphprune.search.amc import AMCPruner
 from graphprune.search.annealing import SimulatedAnnealingPruner

@@ -18,7 +18,7 @@ from graphprune.compat.trained import criterion_or_cross_entropy, own_adam, with
 from graphprune.data.sources import parted
 from graphprune.errors import ConfigError
 from graphprune.pruners.budgets import Budget
-from graphprune.reconstruction import Reconstruction
+from graphprune.repair import Reconstruction
 from graphprune.search.autocompress import AutoCompressPruner as _AutoCompressPruner
 from graphprune.training.session import refuse_former
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from graphprune.cost.count import Cost
     from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
-    from graphprune.reconstruction import Reconstruction
+    from graphprune.repair import Reconstruction
 
 _KIND = "amc"
 FEATURES = ("index", "channels", "elements", "params", "macs", "reduced", "rest", "before")

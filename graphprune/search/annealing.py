@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
-    from graphprune.reconstruction import Reconstruction
+    from graphprune.repair import Reconstruction
 
 HOT, COLD = 4.0, 0.04  # temperatures in units of the spread: a median loss is accepted with probability 0.78 at first, 1e-11 at last
 _LEAPS = 0.2  # share of the candidates that may be anywhere: small steps alone end in what is best nearby

@@ -22,7 +22,7 @@ from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
 from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
-from graphprune.reconstruction import Reconstruction
+from graphprune.repair import Reconstruction
 from graphprune.runs.checkpoint import digest
 from graphprune.search.bench import finite
 from graphprune.sizes.widths import stated_widths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphprune.reconstruction.rebuilding import Reconstruction, reconstruct
-from graphprune.reconstruction.report import LeftAlone, ReconstructionReport, Refitted
+from graphprune.repair.rebuilding import Reconstruction, reconstruct
+from graphprune.repair.report import LeftAlone, ReconstructionReport, Refitted
 
 __all__ = ["LeftAlone", "Reconstruction", "ReconstructionReport", "Refitted", "reconstruct"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from graphprune.reconstruction.readers import Call
+    from graphprune.repair.readers import Call
 
 
 class Windows:

@@ -11,7 +11,7 @@ from graphprune.errors import GraphPruneError, InputError
 from graphprune.groups.propagate import operators
 from graphprune.masks.channels import checked_tensors
 from graphprune.ops.registry import named_arguments
-from graphprune.reconstruction.windows import Windows
+from graphprune.repair.windows import Windows
 from graphprune.surgery.rewriting import Removal
 from graphprune.trace.recorder import record
 from graphprune.verify.lockstep import Follower
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from graphprune.criteria.statistics.following import Look
     from graphprune.data.sources import Source
     from graphprune.masks.channels import Masks
-    from graphprune.reconstruction.fitting import Fit
-    from graphprune.reconstruction.readers import Call
+    from graphprune.repair.fitting import Fit
+    from graphprune.repair.readers import Call
     from graphprune.trace.inputs import Inputs
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from graphprune.criteria.statistics.following import name, named
 from graphprune.groups.propagate import operators
 from graphprune.ops.registry import named_arguments
-from graphprune.reconstruction.report import LeftAlone
+from graphprune.repair.report import LeftAlone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

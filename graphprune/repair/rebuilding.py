@@ -23,10 +23,10 @@ import torch
 from graphprune.data.sources import Loader, Trainer, source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks, checked_tensors
-from graphprune.reconstruction.fitting import Fit
-from graphprune.reconstruction.readers import Reader, readers
-from graphprune.reconstruction.report import LeftAlone, ReconstructionReport, Refitted
-from graphprune.reconstruction.runs import Runs
+from graphprune.repair.fitting import Fit
+from graphprune.repair.readers import Reader, readers
+from graphprune.repair.report import LeftAlone, ReconstructionReport, Refitted
+from graphprune.repair.runs import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

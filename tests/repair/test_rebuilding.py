@@ -19,7 +19,7 @@ import graphprune as gp
 from graphprune import demo
 from graphprune.data.sources import Loader, Trainer
 from graphprune.errors import ConfigError, FileError, InputError, MaskError
-from graphprune.reconstruction import LeftAlone, readers
+from graphprune.repair import LeftAlone, readers
 from graphprune.trace.inputs import normalise
 from tests.support.operators import Network, conv, filled, images, normal, sequences, table, words
 from tests.support.random_networks import Drawn, build, inputs_of

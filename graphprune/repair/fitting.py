@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from graphprune.data.distributed import rank, summed
-from graphprune.reconstruction.equations import Sums
-from graphprune.reconstruction.report import LeftAlone, Refitted
+from graphprune.repair.equations import Sums
+from graphprune.repair.report import LeftAlone, Refitted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, fx
 
-    from graphprune.reconstruction.readers import Block, Call, Reader
-    from graphprune.reconstruction.windows import Windows
+    from graphprune.repair.readers import Block, Call, Reader
+    from graphprune.repair.windows import Windows
 
 _RANKS_APART = 1_000_003  # processes look at different positions of their different batches
 _AT_ONCE = 4096  # points whose inputs are held at a time
