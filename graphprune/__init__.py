@@ -51,7 +51,6 @@ from graphprune.pruners import (
     WeightSparsity,
 )
 from graphprune.pruners.budgets import Budget
-from graphprune.pruning import prune
 from graphprune.recipes import Recipe, load, save
 from graphprune.repair import Reconstruction, ReconstructionReport, reconstruct
 from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
@@ -67,8 +66,9 @@ from graphprune.search.parallel import run_study
 from graphprune.search.sensitivity import sensitivity
 from graphprune.search.studies import Study, StudyResult
 from graphprune.search.timing import OnnxLatency
-from graphprune.surgery.report import SpeedupReport
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.prune import prune
+from graphprune.speedup.report import SpeedupReport
+from graphprune.speedup.speedup import speedup
 from graphprune.training.calibration import recalibrate
 
 __version__ = "0.1.0"

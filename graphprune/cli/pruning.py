@@ -81,7 +81,7 @@ def prune(
     from graphprune.cli.data import batches, loss_named
     from graphprune.cli.loading import Request
     from graphprune.criteria import criterion_named
-    from graphprune.pruning import prune as pruned
+    from graphprune.speedup.prune import prune as pruned
 
     screen: Screen = ctx.obj
     share, budget = amount(sparsity, macs, params, config)

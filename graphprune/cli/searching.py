@@ -158,7 +158,7 @@ def search(
     """
     from graphprune.cli.loading import Request
     from graphprune.search.bench import same_random
-    from graphprune.surgery.speedup import speedup
+    from graphprune.speedup.speedup import speedup
 
     screen, scoring = cast("Screen", ctx.obj), evaluating.Scoring.asked(data, metric, loss, limit, seed)
     entries = files.read_config(config) if config is not None else None

@@ -76,8 +76,8 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         InputError: a model cannot be run on the inputs.
     """
     from graphprune.masks.channels import checked_tensors
+    from graphprune.speedup.speedup import speedup
     from graphprune.surgery.rewriting import Removal
-    from graphprune.surgery.speedup import speedup
     from graphprune.trace.inputs import run, undisturbed
     from graphprune.verify.reference import reference_for
 

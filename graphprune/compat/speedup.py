@@ -14,10 +14,10 @@ from graphprune.errors import ConfigError, FileError, MaskError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
 from graphprune.masks.elements import ElementMasks
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:
-    from graphprune.surgery.report import SpeedupReport
+    from graphprune.speedup.report import SpeedupReport
 
 _RULE = "Register a rule for the operator, see graphprune/ops/README.md"
 

@@ -111,7 +111,7 @@ def _sliced_again(model: nn.Module, step: Step, path: str | os.PathLike[str]) ->
 
 def _recorded_again(model: nn.Module, step: Step, example_inputs: object) -> nn.Module:
     """Returns the rewritten program of a model, its masks applied; nothing is verified, for its weights are not the pruned ones."""
-    from graphprune.surgery.speedup import speedup  # noqa: PLC0415 (it writes the recipes: at the top the import would be a circle)
+    from graphprune.speedup.speedup import speedup  # noqa: PLC0415 (it writes the recipes: at the top the import would be a circle)
 
     inputs = example_inputs
     if inputs is None:

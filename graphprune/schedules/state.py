@@ -14,8 +14,8 @@ from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied
 from graphprune.masks.elements import ElementMasks
 from graphprune.schedules.history import Round
+from graphprune.speedup.speedup import speedup
 from graphprune.surgery.recipe import composed
-from graphprune.surgery.speedup import speedup
 from graphprune.training.finetuning import Snapshot, Trainee, packed, unpacked
 from graphprune.training.optimizers import slice_average
 from graphprune.training.packing import packed_optimizer, restore_optimizer

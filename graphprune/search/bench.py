@@ -23,7 +23,7 @@ from graphprune.data.sources import generators_kept
 from graphprune.errors import ConfigError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, copied
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

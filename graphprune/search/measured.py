@@ -10,7 +10,7 @@ from graphprune.masks.channels import Masks
 from graphprune.pruners.budgets import keep_highest
 from graphprune.search.bench import finite
 from graphprune.search.objective import Constraint, Objective
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:
     from torch import nn

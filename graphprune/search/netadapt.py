@@ -35,7 +35,7 @@ from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scattering import Versions, scattered
 from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.speedup import speedup
 from graphprune.training.keeping import held
 from graphprune.training.session import refuse_former
 

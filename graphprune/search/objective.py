@@ -26,7 +26,7 @@ from graphprune.repair import Reconstruction
 from graphprune.runs.checkpoint import digest
 from graphprune.search.bench import finite
 from graphprune.sizes.widths import stated_widths
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import graphprune as gp
 import graphprune.groups.build as groups_of
-import graphprune.surgery.speedup as surgery
+import graphprune.speedup.speedup as surgery
 from graphprune.trace.data_dependent import decision
 from graphprune.trace.recorder import record
 from tests.support.invariants import evaluate, permutation_error, train_step

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-import graphprune.surgery.speedup as surgery
+import graphprune.speedup.speedup as surgery
 from graphprune.ops.registry import RULES, Labels, Op
 from graphprune.trace.recorder import record
 from graphprune.verify.replay import Check, difference, output_tensors, tolerance_for

@@ -9,7 +9,7 @@ import numpy as np
 
 from graphprune.cost.count import Cost
 from graphprune.cost.predict import Forecast
-from graphprune.surgery.report import LayerReport
+from graphprune.speedup.report import LayerReport
 
 if TYPE_CHECKING:
     from torch import nn

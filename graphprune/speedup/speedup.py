@@ -16,12 +16,12 @@ from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.budgets import Plan
 from graphprune.sizes.attributes import Undo, assign
+from graphprune.speedup.layers import layer_reports
+from graphprune.speedup.report import GroupReport, SpeedupReport
 from graphprune.surgery.attributes import explained, set_attributes
 from graphprune.surgery.discovery import Discovery, discover
 from graphprune.surgery.graphmodule import rewritten
-from graphprune.surgery.layers import layer_reports
 from graphprune.surgery.recipe import Before, remember
-from graphprune.surgery.report import GroupReport, SpeedupReport
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
 from graphprune.trace.caches import caches, clear

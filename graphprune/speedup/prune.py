@@ -12,8 +12,8 @@ from graphprune.errors import ConfigError
 from graphprune.pruners.base import Mode, Options, Pruner
 from graphprune.pruners.config import check_sparsity
 from graphprune.pruners.families import Cut
-from graphprune.surgery.report import SpeedupReport
-from graphprune.surgery.speedup import speedup
+from graphprune.speedup.report import SpeedupReport
+from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import prune as prune_utilities
 
 import graphprune as gp
-import graphprune.surgery.speedup as surgery
+import graphprune.speedup.speedup as surgery
 from graphprune import references
 from tests.support.handmade import residual, shrink_by_hand
 from tests.support.invariants import evaluate, masked_outputs, train_step

@@ -1,0 +1,1 @@
+"""Physical removal: masks in, a smaller model and a report out."""
