@@ -58,14 +58,14 @@ from graphprune.search.amc import AMCPruner
 from graphprune.search.annealing import SimulatedAnnealingPruner
 from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.base import SearchResult
-from graphprune.search.curves import Sensitivity
-from graphprune.search.greedy import SensitivityPruner
 from graphprune.search.netadapt import NetAdaptPruner
 from graphprune.search.objective import Objective, Trial
 from graphprune.search.parallel import run_study
-from graphprune.search.sensitivity import sensitivity
 from graphprune.search.studies import Study, StudyResult
 from graphprune.search.timing import OnnxLatency
+from graphprune.sensitivity.curves import Sensitivity
+from graphprune.sensitivity.greedy import SensitivityPruner
+from graphprune.sensitivity.sensitivity import sensitivity
 from graphprune.speedup.prune import prune
 from graphprune.speedup.report import SpeedupReport
 from graphprune.speedup.speedup import speedup

@@ -157,7 +157,7 @@ def search(
     interrupted.
     """
     from graphprune.cli.loading import Request
-    from graphprune.search.bench import same_random
+    from graphprune.sensitivity.bench import same_random
     from graphprune.speedup.speedup import speedup
 
     screen, scoring = cast("Screen", ctx.obj), evaluating.Scoring.asked(data, metric, loss, limit, seed)
@@ -256,7 +256,7 @@ def _dense(objective: Objective, evaluator: DataEvaluator, out: Path, settings: 
         FileError: the folder holds a search of another model, with another budget, or on other data.
     """
     from graphprune.runs.checkpoint import Run
-    from graphprune.search.bench import finite, same_random
+    from graphprune.sensitivity.bench import finite, same_random
 
     kept = Run(out, "whole-model", {**objective.settings(), **settings})
     with same_random(seed):

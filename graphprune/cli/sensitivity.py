@@ -43,8 +43,8 @@ def sensitivity(
     Every score is kept in the folder as well: after an interruption, the same command goes on where it was.
     """
     from graphprune.cli.loading import Request
-    from graphprune.search.sensitivity import SPARSITIES
-    from graphprune.search.sensitivity import sensitivity as analysis
+    from graphprune.sensitivity.sensitivity import SPARSITIES
+    from graphprune.sensitivity.sensitivity import sensitivity as analysis
 
     screen: Screen = ctx.obj
     scoring = evaluating.Scoring.asked(data, metric, loss, limit, seed)

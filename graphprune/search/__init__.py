@@ -5,14 +5,14 @@ from graphprune.search.annealing import Annealing, Cooling, Move, SimulatedAnnea
 from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.base import Search, SearchResult, run
 from graphprune.search.compressing import Compression
-from graphprune.search.curves import Measurement, Sensitivity
 from graphprune.search.evaluators import DataEvaluator
-from graphprune.search.greedy import SensitivityPruner
 from graphprune.search.netadapt import NetAdaptPruner
 from graphprune.search.objective import Objective, Sparsities, Trial
 from graphprune.search.parallel import run_study
 from graphprune.search.studies import Point, Study, StudyResult
 from graphprune.search.timing import OnnxLatency
+from graphprune.sensitivity.curves import Measurement, Sensitivity
+from graphprune.sensitivity.greedy import SensitivityPruner
 
 __all__ = [
     "AMCPruner",

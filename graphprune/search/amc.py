@@ -22,12 +22,12 @@ from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
 from graphprune.search.base import SearchResult
 from graphprune.search.base import best as best_of
-from graphprune.search.bench import same_random
 from graphprune.search.ddpg import DDPG, Agent, Transition
 from graphprune.search.objective import Constraint, Objective, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
-from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
+from graphprune.sensitivity.bench import same_random
+from graphprune.sensitivity.scoreboard import name_of
 from graphprune.training.session import check_count, refuse_former
 
 if TYPE_CHECKING:

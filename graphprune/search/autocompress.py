@@ -32,11 +32,11 @@ from graphprune.schedules.state import Outcome, State
 from graphprune.search.allocation import Projection, Remaining, narrowed
 from graphprune.search.annealing import Annealing
 from graphprune.search.base import run
-from graphprune.search.bench import finite
 from graphprune.search.compressing import FORMER, TRAINING, Compression, Compressions, Searching, Ticks, Training, checked_params
 from graphprune.search.pruner import require_constraints
 from graphprune.search.scattering import scattered
-from graphprune.search.scoreboard import name_of
+from graphprune.sensitivity.bench import finite
+from graphprune.sensitivity.scoreboard import name_of
 from graphprune.training.finetuning import Finetune, Trainee, Wishes
 from graphprune.training.keeping import held
 from graphprune.training.packing import settings_of

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks
 from graphprune.pruners.budgets import keep_highest
-from graphprune.search.bench import finite
 from graphprune.search.objective import Constraint, Objective
+from graphprune.sensitivity.bench import finite
 from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:

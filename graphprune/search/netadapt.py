@@ -28,13 +28,13 @@ from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
 from graphprune.search.base import SearchResult
 from graphprune.search.base import best as best_of
-from graphprune.search.bench import finite, same_random
 from graphprune.search.measured import MeasuredCost
 from graphprune.search.objective import Constraint, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
 from graphprune.search.scattering import Versions, scattered
-from graphprune.search.scoreboard import name_of
 from graphprune.search.showing import bar
+from graphprune.sensitivity.bench import finite, same_random
+from graphprune.sensitivity.scoreboard import name_of
 from graphprune.speedup.speedup import speedup
 from graphprune.training.keeping import held
 from graphprune.training.session import refuse_former

@@ -24,7 +24,7 @@ from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
 from graphprune.repair import Reconstruction
 from graphprune.runs.checkpoint import digest
-from graphprune.search.bench import finite
+from graphprune.sensitivity.bench import finite
 from graphprune.sizes.widths import stated_widths
 from graphprune.speedup.speedup import speedup
 

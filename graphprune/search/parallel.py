@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 
 from graphprune.errors import ConfigError
-from graphprune.search.bench import check_processes, end_with_parent
 from graphprune.search.objective import Objective
 from graphprune.search.studies import Measure, Sampler, Study, StudyResult
+from graphprune.sensitivity.bench import check_processes, end_with_parent
 
 
 def run_study(  # noqa: PLR0913 (the study, and how it is run)

@@ -23,10 +23,10 @@ from torch import nn
 from graphprune.errors import ConfigError, FileError, nearest
 from graphprune.runs.checkpoint import plain
 from graphprune.search.base import SearchResult, best
-from graphprune.search.bench import finite, same_random
 from graphprune.search.objective import Objective, Sparsities, Trial
 from graphprune.search.showing import bar, plotted, tabulated
 from graphprune.search.storages import INSTALL, NOBODY, is_dead, opened, optuna_package, owner_of_this_process, quietly
+from graphprune.sensitivity.bench import finite, same_random
 from graphprune.training.session import check_count
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.search.annealing import Move
-from graphprune.search.bench import same_random
 from graphprune.search.objective import Objective, Trial
+from graphprune.sensitivity.bench import same_random
 
 TRAINING = 1200  # of the 1,797 images; the others score
 CONVOLUTIONS = [{"op_types": ["Conv2d"]}]

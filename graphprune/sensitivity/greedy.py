@@ -22,10 +22,10 @@ from graphprune.pruners.budgets import Budget, Ranking, kept_count
 from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.runs.checkpoint import Run, digest
-from graphprune.search.bench import Bench, Evaluator
-from graphprune.search.curves import last_admissible
-from graphprune.search.scoreboard import name_of
-from graphprune.search.sensitivity import SPARSITIES, Asked, Progress, Subject, analysed, places
+from graphprune.sensitivity.bench import Bench, Evaluator
+from graphprune.sensitivity.curves import last_admissible
+from graphprune.sensitivity.scoreboard import name_of
+from graphprune.sensitivity.sensitivity import SPARSITIES, Asked, Progress, Subject, analysed, places
 from graphprune.training.keeping import held
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.search.curves import last_admissible
 from graphprune.search.evaluators import DataEvaluator
+from graphprune.sensitivity.curves import last_admissible
 from tests.support.sensitivity_cases import INPUTS, WIDTHS, Chain, Mass, masses
 from tests.support.untouched import changes, snapshot
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GRID = (0.2, 0.5, 0.8)
 
 

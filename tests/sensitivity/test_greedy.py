@@ -13,11 +13,11 @@ from torch import nn
 import graphprune as gp
 from graphprune import compat
 from graphprune.pruners.budgets import keep_highest
-from graphprune.search.curves import last_admissible
-from graphprune.search.sensitivity import SPARSITIES
+from graphprune.sensitivity.curves import last_admissible
+from graphprune.sensitivity.sensitivity import SPARSITIES
+from tests.sensitivity.test_sensitivity import interrupted
 from tests.support.sensitivity_cases import INPUTS, WIDTHS, Chain, Mass, Training, masses, pruner, uneven
 from tests.support.untouched import changes, snapshot
-from tests.test_sensitivity import interrupted
 
 HALF = [{"sparsity": 0.5, "op_types": ["Linear"]}]
 FAN_IN = {"a": 4, "b": 10, "c": 8}  # of the rows of each layer, which are the channels of its group

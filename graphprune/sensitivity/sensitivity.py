@@ -29,9 +29,9 @@ from graphprune.pruners.budgets import keep_highest, kept_count, least_kept
 from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
 from graphprune.runs.checkpoint import digest
-from graphprune.search.bench import Bench, Evaluator, Kept, Walk, check_processes, drive
-from graphprune.search.curves import Measurement, Sensitivity, exceeds
-from graphprune.search.scoreboard import Scoreboard, name_of
+from graphprune.sensitivity.bench import Bench, Evaluator, Kept, Walk, check_processes, drive
+from graphprune.sensitivity.curves import Measurement, Sensitivity, exceeds
+from graphprune.sensitivity.scoreboard import Scoreboard, name_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,0 +1,1 @@
+"""What each group can lose by itself, and budgets met by it."""
