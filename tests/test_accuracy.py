@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.demo import Digits, build
+from graphprune.cli.demo import Digits, build
 from tests.support.accuracy import (
     MATCHES,
     NARROW,

@@ -86,7 +86,7 @@ def start_worker() -> None:
 def prepare(folder: Path, settings: Settings, seed: int) -> tuple[float, int, int]:
     """Trains the network of one seed unless it is there; returns its accuracy, its MACs and what its dearest channel costs."""
     import graphprune as gp
-    from graphprune.demo import accuracy, load_digits
+    from graphprune.cli.demo import accuracy, load_digits
     from tests.support.accuracy import one_channel, trained
 
     data = load_digits()
@@ -97,7 +97,7 @@ def prepare(folder: Path, settings: Settings, seed: int) -> tuple[float, int, in
 
 def work(folder: Path, settings: Settings, cell: Cell) -> Record:
     """Measures one cell."""
-    from graphprune.demo import load_digits
+    from graphprune.cli.demo import load_digits
     from tests.support.accuracy import measure, trained
 
     data = load_digits()

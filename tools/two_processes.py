@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.demo import Digits
+    from graphprune.cli.demo import Digits
     from graphprune.search import Objective
 
 EPOCHS = 12  # of the training before the search
@@ -83,7 +83,7 @@ def trained(path: Path, depth: int) -> None:
     """Trains the network, unless there is one."""
     from safetensors.torch import save_file
 
-    from graphprune.demo import LR, build, load_digits, train
+    from graphprune.cli.demo import LR, build, load_digits, train
     from graphprune.runs.atomic import replacing
 
     if path.exists():
@@ -97,7 +97,7 @@ def trained(path: Path, depth: int) -> None:
 def finetune(data: Digits, epochs: int, model: nn.Module) -> None:
     """Re-estimates the statistics of a shrunk model and trains it for a short time."""
     import graphprune as gp
-    from graphprune.demo import BATCH, FINETUNE_LR, train
+    from graphprune.cli.demo import BATCH, FINETUNE_LR, train
 
     gp.recalibrate(model, data.train_images.split(BATCH))
     train(model, data, epochs=epochs, lr=FINETUNE_LR, seed=1)
@@ -108,7 +108,7 @@ def objective(path: Path, depth: int, epochs: int) -> Objective:
     from safetensors.torch import load_file
 
     import graphprune as gp
-    from graphprune.demo import accuracy, build, load_digits
+    from graphprune.cli.demo import accuracy, build, load_digits
 
     data, model = load_digits(), build(depth, 0)
     model.load_state_dict(load_file(path))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
+from graphprune.cli.demo import BATCH, FINETUNE_LR, LR, Digits, accuracy, build, train
 from graphprune.criteria import CRITERIA, Criterion
-from graphprune.demo import BATCH, FINETUNE_LR, LR, Digits, accuracy, build, train
 from graphprune.runs.atomic import replacing
 
 Side: TypeAlias = Literal["graphprune", "torch-pruning"]

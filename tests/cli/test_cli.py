@@ -443,7 +443,7 @@ def test_help_and_version() -> None:
 def test_the_module_runs_as_a_program(net: str) -> None:
     """`python -m graphprune` ends with the exit code of the command, and prints no traceback on a clear error."""
     command = [sys.executable, "-m", "graphprune", "inspect", net.replace("Net", "Nett")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S603
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])  # noqa: S603
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
