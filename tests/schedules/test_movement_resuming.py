@@ -370,7 +370,7 @@ def run(folder: Path | None, kind: str, optimizer: str) -> dict[str, Any]:
 @FORKS
 def test_killed_at_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
     """After three SIGKILLs weights, scores, masks, records and random numbers are bit-identical to an uninterrupted run's."""
-    kill("tests.test_movement_resuming", "run", tmp_path, "channels", "adam", kills=3)
+    kill("tests.schedules.test_movement_resuming", "run", tmp_path, "channels", "adam", kills=3)
 
 
 @FORKS
@@ -379,4 +379,4 @@ def test_killed_at_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_ten_random_moments_ends_as_uninterrupted(kind: str, optimizer: str, tmp_path: Path) -> None:
     """So it is after ten, whatever is masked and trained by whichever optimizer."""
-    kill("tests.test_movement_resuming", "run", tmp_path, kind, optimizer)
+    kill("tests.schedules.test_movement_resuming", "run", tmp_path, kind, optimizer)

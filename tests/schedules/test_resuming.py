@@ -59,7 +59,7 @@ def run_of(folder: Path | None, kind: str) -> Any:
 @FORKS
 def test_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     """After three SIGKILLs weights, masks, scores and the best round are bit-identical to an uninterrupted run's."""
-    kill("tests.test_resuming", "run_of", tmp_path, "agp physical", kills=3)
+    kill("tests.schedules.test_resuming", "run_of", tmp_path, "agp physical", kills=3)
 
 
 @FORKS
@@ -67,7 +67,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["agp", "agp physical", "lottery"])
 def test_runs_killed_at_ten_moments_end_like_uninterrupted_ones(kind: str, tmp_path: Path) -> None:
     """So they are after ten at random moments, with masks, with channels removed, and with rewound weights."""
-    kill("tests.test_resuming", "run_of", tmp_path, kind)
+    kill("tests.schedules.test_resuming", "run_of", tmp_path, kind)
 
 
 def test_a_folder_of_another_run_is_refused_and_a_finished_one_is_read(tmp_path: Path) -> None:
