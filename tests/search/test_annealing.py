@@ -19,7 +19,7 @@ from tests.support.killing import FORKS, kill
 from tests.support.operators import images
 from tests.support.untouched import changes, snapshot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cooling(trials: int) -> Cooling:
@@ -113,7 +113,7 @@ def annealed(folder: Path | None) -> Any:
 @FORKS
 def test_killed_at_ten_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
     """Processes that get SIGKILL at random moments leave a run that ends as one that was left alone."""
-    kill("tests.test_annealing", "annealed", tmp_path)
+    kill("tests.search.test_annealing", "annealed", tmp_path)
 
 
 # -- the pruner ----------------------------------------------------------------------------------------------------------------------

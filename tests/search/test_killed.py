@@ -119,7 +119,7 @@ SEARCHES: tuple[Callable[[Path | None], dict[str, Any]], ...] = (netadapt, amc, 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda search: str(search.__name__))
 def test_killed_at_ten_random_moments_ends_as_uninterrupted(search: Callable[..., Any], tmp_path: Path) -> None:
     """After ten SIGKILLs trials, records, masks, weights and the global generators are those of an uninterrupted run, bit by bit."""
-    kill("tests.test_killed_searches", search.__name__, tmp_path)
+    kill("tests.search.test_killed", search.__name__, tmp_path)
 
 
 @dataclass
@@ -151,7 +151,7 @@ def alive(process: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_processes_that_evaluate_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     """Where the first process gets SIGKILL in the middle of an analysis, those that it started are gone soon after."""
-    code = f"from tests.test_killed_searches import analysis; analysis({str(tmp_path)!r})"
+    code = f"from tests.search.test_killed import analysis; analysis({str(tmp_path)!r})"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S603 (ourselves)
     end = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 3 and first.poll() is None and time.monotonic() < end:

@@ -27,7 +27,7 @@ from tests.support.analytic import Analytic, Stopped, network
 from tests.support.killing import FORKS, kill
 from tests.support.operators import images
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("cmaes")
 
@@ -207,7 +207,7 @@ def study_of(folder: Path | None) -> Any:
 @FORKS
 def test_killed_at_ten_random_moments_ends_as_uninterrupted(tmp_path: Path) -> None:
     """Processes that get SIGKILL at random moments leave a study that ends as one that was left alone."""
-    kill("tests.test_studies", "study_of", tmp_path)
+    kill("tests.search.test_studies", "study_of", tmp_path)
 
 
 @pytest.mark.slow

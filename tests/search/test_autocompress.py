@@ -484,7 +484,7 @@ def run_of(folder: Path | None, speedup: str) -> dict[str, Any]:
 @pytest.mark.parametrize("speedup", ["removal", "masks"])
 def test_killed_runs_end_like_uninterrupted_ones(speedup: str, tmp_path: Path) -> None:
     """After ten SIGKILLs at random moments weights, masks, records and the best round are bit-identical to an uninterrupted run's."""
-    kill("tests.test_autocompress", "run_of", tmp_path, speedup)
+    kill("tests.search.test_autocompress", "run_of", tmp_path, speedup)
 
 
 @pytest.mark.slow
