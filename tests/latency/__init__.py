@@ -1,0 +1,1 @@
+"""Tests of what `graphprune.latency` does."""
