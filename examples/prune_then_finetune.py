@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import graphprune as gp
-from graphprune import demo
+from graphprune.cli import demo
 
 
 def main() -> None:

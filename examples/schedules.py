@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune import demo
+from graphprune.cli import demo
 
 EPOCHS = 6
 CONVOLUTIONS = {"op_types": ["Conv2d"]}

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune import demo
+from graphprune.cli import demo
 from graphprune.search import DataEvaluator
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"]}]  # with a budget, a config list says only where

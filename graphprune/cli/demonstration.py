@@ -21,7 +21,7 @@ def demo(
     finetune_epochs: Annotated[int, typer.Option("--finetune-epochs", help="Epochs of training after pruning.")] = 5,
 ) -> None:
     """Train a small residual network on handwritten digits, prune it, let it recover, and time it."""
-    from graphprune import demo as demonstration
+    from graphprune.cli import demo as demonstration
 
     screen: Screen = ctx.obj
     with screen.bars() as bars:

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphprune.errors import GraphPruneError
+from graphprune.groups.decisions import freeze_decided
 from graphprune.groups.explain import dataflow, frozen_positions
 from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
 from graphprune.groups.graph import DependencyGraph, Group, Role, Slice
+from graphprune.groups.other_paths import RandomBranches
 from graphprune.groups.propagate import Analysis, extend, label
 from graphprune.ops.labels import FROZEN, Ids
 from graphprune.ops.registry import UNBOUND, Value, Why
-from graphprune.trace.data_dependent import Otherwise, decisions_of, freeze_decided, operators_of
-from graphprune.trace.recorder import Program, record
+from graphprune.trace.data_dependent import decisions_of, operators_of
+from graphprune.trace.program import Program
+from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -87,7 +90,7 @@ def _other_passes(program: Program) -> Iterator[tuple[dict[str, Any], bool]]:
     branches = decisions_of(program, ("number",))
     if branches or decisions_of(program, ("size",)):
         for seed in range(_EXPLORED):
-            yield {"runner": Otherwise(seed)}, not branches or seed >= _BRANCHES
+            yield {"runner": RandomBranches(seed)}, not branches or seed >= _BRANCHES
 
 
 def gather(analysis: Analysis) -> DependencyGraph:

@@ -20,7 +20,7 @@ from graphprune.trace.probe import REMEDY, probe
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.trace.recorder import Program
+    from graphprune.trace.program import Program
 
 
 @dataclass(eq=False)

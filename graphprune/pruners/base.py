@@ -69,7 +69,7 @@ class Pruner:
 
     Args:
         model: left as it is.
-        config_list: entries as in the seeds, see `graphprune.pruners.config`; a layer that no entry matches is kept whole. With a budget, entries
+        config_list: entries as in the seeds, see `pruners.config`; a layer that no entry matches is kept whole. With a budget, entries
             say which layers lose channels and not how many.
         criterion: scores channels: the name of one, or one, see `graphprune.criteria`.
         example_inputs: what the model is run on to find its groups: a tensor, a tuple of arguments, a dict of keyword arguments, or

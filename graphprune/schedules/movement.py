@@ -22,7 +22,7 @@ from graphprune.pruners.budgets import Plan
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history
 from graphprune.schedules.history import Movement, Movements, bar
-from graphprune.schedules.moving import Moving
+from graphprune.schedules.moving import MovementSettings, Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
 from graphprune.training.session import check_count, course, refuse_evaluator, refuse_former
 
@@ -66,7 +66,7 @@ class MovementPruner:
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries as in the seeds, see `graphprune.pruners.config`. Sparsities are shares of what there is a score for. In mode "soft",
+        config_list: entries as in the seeds, see `pruners.config`. Sparsities are shares of what there is a score for. In mode "soft",
             as in NNI, `sparsity` is the threshold that the sigmoid of scores is compared with, usually 0.1.
         trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
         optimizer: bound to the model's parameters, or a function from parameters to an optimizer.
@@ -169,14 +169,28 @@ class MovementPruner:
         self._masks: Masks | ElementMasks | None = None
 
     @property
+    def settings(self) -> MovementSettings:
+        """What is trained, and how."""
+        return MovementSettings(
+            type(self).__name__,
+            self.course,
+            self.scored,
+            self.score_optimizer,
+            self.warm_up_step,
+            self.cool_down_beginning_step,
+            self.movement_mode,
+            self.regular_scale,
+            self.evaluator,
+        )
+
+    @property
     def plan(self) -> Plan:
         """What was asked of each group and why some lost less (of "channels"), for the report of `speedup`."""
         return self.scored.plan
 
     def stage(self, step: int) -> float:
         """Returns r_t, the part of the sparsity or threshold asked for that holds behind `step` steps, in [0, 1]."""
-        length = self.cool_down_beginning_step - self.warm_up_step
-        return 1.0 - (1.0 - min(max((step - self.warm_up_step) / length, 0.0), 1.0)) ** 3
+        return self.settings.stage(step)
 
     def compress(self) -> tuple[nn.Module, Masks | ElementMasks]:
         """Returns (a copy of the trained model with what the masks remove zeroed, the masks)."""
@@ -193,7 +207,7 @@ class MovementPruner:
             InputError: weights or scores are no longer finite.
         """
         if self._masks is None:
-            moving = Moving(self.model, self)
+            moving = Moving(self.model, self.settings)
             self._train(moving)
             moving.check_reached()
             self.scores = {name: score.detach() for name, score in moving.scores.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,42 @@ from graphprune.training.session import Session, flags_kept
 from graphprune.training.tensors import Kept
 
 if TYPE_CHECKING:
-    from graphprune.schedules.movement import MovementPruner
+    from collections.abc import Callable, Iterable
+
+    from graphprune.schedules.scored import Scored
+    from graphprune.training.session import Course
+
+
+@dataclass(frozen=True, eq=False)
+class MovementSettings:
+    """What is trained, and how; see `MovementPruner` for what is not said here.
+
+    Attributes:
+        who: the pruner's name, for messages.
+        course: the training.
+        scored: what has scores.
+        score_optimizer: from scores to what trains them.
+        warm_up_step: the last step without masks.
+        cool_down_beginning_step: the first step with the final masks.
+        movement_mode: "hard" or "soft".
+        regular_scale: strength of the regulariser of "soft".
+        evaluator: from a model to its score, or None.
+    """
+
+    who: str
+    course: Course
+    scored: Scored
+    score_optimizer: Callable[[Iterable[nn.Parameter]], object]
+    warm_up_step: int
+    cool_down_beginning_step: int
+    movement_mode: str
+    regular_scale: float
+    evaluator: Callable[[nn.Module], float] | None
+
+    def stage(self, step: int) -> float:
+        """Returns r_t, the part of the sparsity or threshold asked for that holds behind `step` steps, in [0, 1]."""
+        length = self.cool_down_beginning_step - self.warm_up_step
+        return 1.0 - (1.0 - min(max((step - self.warm_up_step) / length, 0.0), 1.0)) ** 3
 
 
 class _Mask(nn.Module):
@@ -49,7 +85,7 @@ class Moving:
 
     Args:
         model: left bit-identical.
-        pruner: what is trained, and how.
+        settings: what is trained, and how.
 
     Attributes:
         session: trains the copy.
@@ -60,9 +96,9 @@ class Moving:
         ConfigError: the optimizer does not hold what is masked, or a masked weight cannot be reached.
     """
 
-    def __init__(self, model: nn.Module, pruner: MovementPruner) -> None:
-        self.session = Session(model, pruner.course, pruner.scored.parameters, _no_penalty, does="masks")
-        self._pruner, self._scored, self._who = pruner, pruner.scored, type(pruner).__name__
+    def __init__(self, model: nn.Module, settings: MovementSettings) -> None:
+        self.session = Session(model, settings.course, settings.scored.parameters, _no_penalty, does="masks")
+        self._settings, self._scored, self._who = settings, settings.scored, settings.who
         self._tensors = dict(self.session.model.named_parameters(remove_duplicate=False))
         self._holders = _holders(self.session.model, self.session.weights, self._who)
         self._leaves = {name: torch.ones_like(w, requires_grad=True) for name, w in self.session.weights.items()}
@@ -70,7 +106,7 @@ class Moving:
         kind = torch.float64 if some.dtype == torch.float64 else torch.float32
         self.scores = {name: nn.Parameter(some.new_zeros(shape, dtype=kind)) for name, shape in self._scored.shapes.items()}
         self.kept = {name: torch.ones_like(score, dtype=torch.bool) for name, score in self.scores.items()}
-        trainer: object = pruner.score_optimizer(list(self.scores.values()))
+        trainer: object = settings.score_optimizer(list(self.scores.values()))
         if not isinstance(trainer, Optimizer):
             what = f"the score_optimizer of {self._who} returned a {type(trainer).__name__}"
             raise ConfigError(what, "Pass a function from parameters to a torch.optim.Optimizer")
@@ -124,16 +160,16 @@ class Moving:
                 raise InputError(what, "Lower the learning rate of the model or of score_optimizer")
         total = sum(flags.numel() for flags in self.kept.values())
         gone = total - sum(int(flags.sum()) for flags in self.kept.values())
-        stage, said = self._pruner.stage(self.session.steps), self._score()
+        stage, said = self._settings.stage(self.session.steps), self._score()
         return Movement(number, self.session.steps, stage, gone / total, said, time.perf_counter() - start)
 
     def _score(self) -> float | None:
         """Returns what the evaluator says of the masked model; every module has the training flag of before afterwards."""
-        if self._pruner.evaluator is None:
+        if self._settings.evaluator is None:
             return None
         try:
             with flags_kept(self.session.model):
-                return checked_score(self._pruner.evaluator(self.session.model), self._who)
+                return checked_score(self._settings.evaluator(self.session.model), self._who)
         finally:
             for leaf in self._leaves.values():
                 leaf.grad = None
@@ -181,7 +217,7 @@ class Moving:
         restore_optimizer(self.session.optimizer, plain["optimizer"], found)
         restore_optimizer(self._trainer, plain["score_optimizer"], found)
         self.session.steps, self._reached = plain["steps"], set(plain["reached"])
-        if self.session.steps >= self._pruner.cool_down_beginning_step:
+        if self.session.steps >= self._settings.cool_down_beginning_step:
             self._owned = self._scored.owned(self._scored.masks(self.kept))
 
     def check_reached(self) -> None:
@@ -220,12 +256,12 @@ class Moving:
     def _after(self, *_: Any) -> None:
         """Trains the scores and computes the masks anew; in the cool-down, keeps at zero what has gone."""
         taken, self._gradients = self._gradients or {}, None
-        steps, end = self.session.steps, self._pruner.cool_down_beginning_step
+        steps, end = self.session.steps, self._settings.cool_down_beginning_step
         with torch.no_grad():
             if steps <= end:
                 self._reached.update(taken)
-                self._train_scores(taken, self._pruner.stage(steps - 1))
-                self._mask(self._pruner.stage(steps))
+                self._train_scores(taken, self._settings.stage(steps - 1))
+                self._mask(self._settings.stage(steps))
             if steps == end:
                 self._owned = self._scored.owned(self._scored.masks(self.kept))
             for name, mask in self._owned.items():
@@ -236,8 +272,8 @@ class Moving:
             score.grad = None
         for name, gradient in self._scored.gathered(taken).items():
             self.scores[name].grad = gradient.to(self.scores[name])
-        if self._pruner.movement_mode == "soft" and stage > 0:
-            strength = stage * self._pruner.regular_scale / len(self.scores)
+        if self._settings.movement_mode == "soft" and stage > 0:
+            strength = stage * self._settings.regular_scale / len(self.scores)
             for score in self.scores.values():
                 sigma = score.sigmoid()
                 slope = strength / score.numel() * sigma * (1 - sigma)
@@ -246,7 +282,7 @@ class Moving:
 
     def _mask(self, stage: float) -> None:
         if stage > 0:
-            choose = self._scored.highest if self._pruner.movement_mode == "hard" else self._scored.above
+            choose = self._scored.highest if self._settings.movement_mode == "hard" else self._scored.above
             self.kept = choose(self.scores, stage)
             self._scored.spread(self.kept, self._leaves)
 

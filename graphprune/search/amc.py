@@ -181,7 +181,7 @@ class AMCPruner(SearchPruner):
     Args:
         total_episode: how many episodes there are in all.
         model: left bit-identical.
-        config_list: entries as in the seeds, see `graphprune.pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
+        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
             together; with `budget=` (see `Pruner`), entries say only which layers lose channels.
         evaluator: from a shrunk model to a number, the reward of the episode.
         base_algo: the criterion that says which channels go first.

@@ -210,7 +210,7 @@ class SimulatedAnnealingPruner(SearchPruner):
 
     Args:
         model: left bit-identical.
-        config_list: entries as in the seeds, see `graphprune.pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its
+        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its
             entry together; with `budget=` (see `Pruner`), entries say only which layers lose channels.
         evaluator: from a shrunk model to a number.
         start_temperature: of the first candidate; only its ratio to the stop temperature counts.

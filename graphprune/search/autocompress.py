@@ -66,7 +66,7 @@ class AutoCompressPruner:
 
     Args:
         model: left bit-identical, as is the optimizer.
-        config_list: entries as in the seeds, see `graphprune.pruners.config`; all of them count. A "sparsity" or "total_sparsity" is that of all
+        config_list: entries as in the seeds, see `pruners.config`; all of them count. A "sparsity" or "total_sparsity" is that of all
             channels of its entry together; with `budget=`, entries say only which layers lose channels. "rho" is ADMM's, by default 1e-4.
         total_iteration: N, how many rounds.
         admm_params: how to train towards sparsities: `trainer`, `optimizer`, `criterion`, `data` and `loss` (or by keyword, see

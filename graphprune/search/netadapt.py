@@ -109,7 +109,7 @@ class NetAdaptPruner(SearchPruner):
 
     Args:
         model: left bit-identical.
-        config_list: entries as in the seeds, see `graphprune.pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
+        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
             together; with `budget=` or `cost=`, entries say only which layers lose channels.
         short_term_fine_tuner: trains the shrunk copy in place; None trains nothing. Optimizers are made anew from its parameters.
         evaluator: from a shrunk model to a number.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from graphprune.masks.channels import Masks
-    from graphprune.trace.recorder import Program
+    from graphprune.trace.program import Program
 
 _REMEDY = "Use result='module', which keeps the model's own code, or exclude the layers named above"
 _FLAGS = {"aten::batch_norm": "training", "aten::dropout": "train", "aten::instance_norm": "use_input_stats",

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from graphprune.ops.registry import Why, named_arguments
+from graphprune.ops.registry import named_arguments
 from graphprune.trace.inputs import tensors_in
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from graphprune.groups.propagate import Analysis
-    from graphprune.trace.recorder import Program
+    from graphprune.trace.program import Program
 
 Kind: TypeAlias = Literal["", "number", "size", "step", "random"]
 
@@ -30,8 +29,6 @@ _STEPS = frozenset(
 _SIZES = frozenset({"aten::nonzero_numpy", "aten::masked_select", "aten::unique_consecutive", "aten::bincount", "torchvision::nms"})
 _SIZED_BY = {"aten::index": "indices", "aten::repeat_interleave": "repeats"}
 _OFF = {"train": (False,), "training": (False,), "dropout_p": (0, None), "p": (0,), "dropout": (0,)}
-_FAR = 1e6  # a number that is beyond any threshold
-_REMEDY = "Compute it with tensor operators"
 
 
 def decision(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: object, *, constant: bool) -> Kind:
@@ -111,88 +108,3 @@ def _is_sized(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if name == "aten::tensor_split":
         return len(tensors_in((args, kwargs))) > 1
     return name in _SIZES or (name == "aten::where" and len(args) == 1) or torch.Tag.dynamic_output_shape in func.tags
-
-
-# -- channels ----------------------------------------------------------------------------------------------------------------------
-
-
-def freeze_decided(analysis: Analysis, program: Program) -> None:
-    """Freezes the channels over which a statistic was taken on the way to a number that Python reads, or to a size.
-
-    A channel that still has an index of its own where a number is read was frozen by the operator's rule. Here are those that were
-    reduced before: a sum over zeros is the same without them, a maximum or a mean is not. The way back ends at layers, which mix channels
-    by weights.
-    """
-    seen: set[fx.Node] = set()
-    for node in decisions_of(program, ("number", "size")):
-        decides = "is read as a Python number" if node.meta["decides"] == "number" else "decides a size"
-        todo = list(node.all_input_nodes)
-        while todo:
-            current = todo.pop()
-            if current in seen or any(n.op == "get_attr" and str(n.target) in analysis.parameters for n in current.all_input_nodes):
-                continue
-            seen.add(current)
-            todo += current.all_input_nodes
-            _freeze_statistics(current, f"is reduced before it {decides}", analysis)
-
-
-def _freeze_statistics(node: fx.Node, text: str, analysis: Analysis) -> None:
-    notes = analysis.notes.get(node)
-    for labels in notes.statistics if notes is not None else ():
-        target: Any = node.target
-        analysis.reasons.append(Why(text, target._schema.name, node.meta["module"], _REMEDY))  # noqa: SLF001
-        analysis.table.freeze(labels, len(analysis.reasons) - 1)
-
-
-# -- other paths -------------------------------------------------------------------------------------------------------------------
-
-
-class Otherwise:
-    """Runs a model's operators, and decides at random: which way Python goes, what is chosen by value, what a comparison gives.
-
-    What such a run computes means nothing. But every path that it takes is one that the model can take, so what it says of channels holds.
-    """
-
-    def __init__(self, seed: int) -> None:
-        """Takes the seed of the decisions; 0 and 1 turn truth values over, and make all numbers that are read very large, or very low."""
-        self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs one operator."""
-        if node.meta.get("whole"):
-            return args[0]
-        result = func(*args, **kwargs)
-        kind = decision(func, args, kwargs, result, constant=node.meta["constant"])
-        if kind == "number":
-            return self._number(result)
-        if kind != "step" or func._schema.is_mutable:  # noqa: SLF001
-            return result
-        size = self._choices(args, kwargs)
-        parts = list(result) if isinstance(result, (list, tuple)) else [result]
-        made = [self._chosen(p, size) if isinstance(p, torch.Tensor) else p for p in parts]
-        return type(result)(made) if isinstance(result, (list, tuple)) else made[0]
-
-    def _number(self, value: Any) -> Any:
-        coin = int(torch.randint(0, 3, (), generator=self.generator)) if self.seed > 1 else self.seed
-        if isinstance(value, bool):
-            return coin > 0 if self.seed > 1 else not value
-        return (_FAR, -_FAR, value)[coin] if isinstance(value, float) else value
-
-    @staticmethod
-    def _choices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Returns how many positions an operator that chooses along one dimension chooses from, 0 where it is not of that kind."""
-        source = args[0] if args else None
-        dims = [d for d in (*args[1:], *kwargs.values()) if isinstance(d, int) and not isinstance(d, bool)]
-        if not isinstance(source, torch.Tensor) or not source.ndim:
-            return 0
-        return min(source.shape[d] for d in [*(d for d in dims if -source.ndim <= d < source.ndim), -1])
-
-    def _chosen(self, part: torch.Tensor, size: int) -> torch.Tensor:
-        if part.is_meta:
-            return part
-        if part.dtype == torch.bool:
-            return torch.randint(0, 2, part.shape, generator=self.generator).to(part)
-        if part.dtype == torch.int64 and size > 0 and part.numel() and int(part.min()) >= 0 and int(part.max()) < size:
-            return torch.randint(0, size, part.shape, generator=self.generator).to(part)
-        return part

@@ -13,7 +13,6 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -29,40 +28,13 @@ from graphprune.trace.data_dependent import decision, rounds_matter, sized_by
 from graphprune.trace.inputs import Inputs, argument_names, cannot_run, normalise, place, restated, undisturbed
 from graphprune.trace.meta_device import PYTHON, Weightless, is_about_values, literals, unreadable
 from graphprune.trace.probe import Recorded
+from graphprune.trace.program import Program
 
 _NODE = "_graphprune_node"
 
 
 Runner: TypeAlias = Callable[[fx.Node, Any, tuple[Any, ...], dict[str, Any]], Any]
 """From a node and the operator's arguments to its result (for `meta["whole"]`, the tensor whose values Python takes)."""
-
-
-@dataclass(eq=False)
-class Program:
-    """A recorded forward pass.
-
-    Attributes:
-        graph: the operators, as calls of ATen overloads; each node has `meta["shapes"]` (one per output tensor), `meta["dtype"]`,
-            `meta["module"]`, `meta["decides"]` (see `decisions.decision`), `meta["delicate"]` (whether rounding or random numbers may
-            change that), `meta["value"]` (a number that Python read) and, for integer tensors that depend on nothing, `meta["tensor"]`.
-        tensors: qualified name -> parameter or buffer that the program reads.
-        parameters: names in `tensors` that may shrink: parameters and floating-point buffers.
-        constants: name -> literal tensor that the program reads.
-        aliases: other names of tied tensors -> the name used here.
-        modules: qualified name -> module, for every module.
-        inputs: what was passed.
-        unused: parameters that the forward pass did not read.
-    """
-
-    graph: fx.Graph
-    tensors: dict[str, torch.Tensor]
-    parameters: set[str]
-    constants: dict[str, torch.Tensor]
-    aliases: dict[str, str]
-    modules: dict[str, nn.Module]
-    inputs: Inputs
-    unused: list[str] = field(default_factory=list)
-    ran: list[str] = field(default_factory=list)
 
 
 def record(

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from graphprune.errors import GraphPruneError, InputError
+from graphprune.groups.decisions import freeze_decided
 from graphprune.groups.propagate import Analysis, extend, operators
 from graphprune.surgery.rewriting import Removal
-from graphprune.trace.data_dependent import decision, freeze_decided, rounds_matter
+from graphprune.trace.data_dependent import decision, rounds_matter
 from graphprune.trace.inputs import tensors_in
 from graphprune.trace.recorder import record
 from graphprune.verify.replay import difference, gathered, over_kept
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.trace.inputs import Inputs
-    from graphprune.trace.recorder import Program
+    from graphprune.trace.program import Program
 
 _ATTEMPTS = 4
 

@@ -20,7 +20,8 @@ from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
 from graphprune.trace.data_dependent import is_delicate
-from graphprune.trace.recorder import Program, record
+from graphprune.trace.program import Program
+from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
     from torch import fx

@@ -23,6 +23,7 @@ from graphprune.cli import app
 from graphprune.cli.loading import Request, parse_inputs, read_tensors
 from graphprune.cli.sources import find
 from graphprune.errors import FileError, InputError
+from graphprune.groups import build
 from graphprune.recipes import load
 
 MODELS = '''
@@ -387,7 +388,7 @@ def test_bench_times_files_against_the_first(pruned: tuple[Path, dict[str, Any]]
 
 def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The options reach the demonstration, which reports its progress; its summary is printed."""
-    from graphprune import demo  # noqa: PLC0415 - patched here
+    from graphprune.cli import demo  # noqa: PLC0415 - patched here
 
     given: dict[str, Any] = {}
 
@@ -457,7 +458,7 @@ def test_a_defect_is_no_clear_error(net: str, monkeypatch: pytest.MonkeyPatch) -
         message = "a defect"
         raise ZeroDivisionError(message)
 
-    monkeypatch.setattr("graphprune.groups.build.trace", defect)
+    monkeypatch.setattr(build, "trace", defect)
     result = run("inspect", net, *IMAGE)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)

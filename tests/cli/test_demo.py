@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import demo
+from graphprune.cli import demo
 from graphprune.errors import ConfigError, ExportError, FileError, InputError
 from graphprune.latency import LatencyReport, LatencyRow
 

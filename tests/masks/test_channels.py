@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune as gp
-import graphprune.masks.channels as masks_module
+from graphprune.masks import channels as masks_module
 from tests.support.handmade import Residual, residual
 from tests.support.invariants import evaluate, removed_positions
 from tests.support.operators import Network, conv, filled, words

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import demo
+from graphprune.cli import demo
 from graphprune.data.sources import Loader, Trainer
 from graphprune.errors import ConfigError, FileError, InputError, MaskError
 from graphprune.repair import LeftAlone, readers

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
+from graphprune.cost.count import count_by_module
 from graphprune.errors import ConfigError, FileError, InputError
 from graphprune.search.amc import FEATURES, AMCPruner, Course
 from graphprune.search.ddpg import DDPG, Agent, Transition
@@ -128,7 +129,7 @@ def test_states_are_those_of_the_group_to_come(monkeypatch: pytest.MonkeyPatch) 
             assert state["reduced"] == pytest.approx(min((dense - now) / (dense / 2), 1.0), abs=1e-6)
             assert state["rest"] == pytest.approx(min((now - found.objective.cost({**so_far, **later}).macs) / (dense / 2), 1.0), abs=1e-6)
             assert state["before"] == pytest.approx(before, abs=1e-6)
-            by_layer = gp.cost.count_by_module(found.objective.small(so_far), images(1))
+            by_layer = count_by_module(found.objective.small(so_far), images(1))
             own = {"a": "ab", "b": "bc", "c": ("c", "fc")}[name[0]]
             assert state["macs"] == pytest.approx(sum(by_layer[n].macs for n in own) / dense, abs=1e-6)
             so_far[name] = trial.sparsities[name]

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.nn.utils import prune as prune_utilities
 
 import graphprune as gp
-import graphprune.speedup.speedup as surgery
-from graphprune import references
+from graphprune.speedup import speedup as surgery
+from graphprune.verify import reference as references
 from tests.support.handmade import residual, shrink_by_hand
 from tests.support.invariants import evaluate, masked_outputs, train_step
 from tests.support.operators import Network, check_shapes, conv, filled, images, normal, sequences, table, vectors, words
@@ -595,7 +595,7 @@ def test_scripted_models_are_shrunk_or_refused_without_blame() -> None:
 
 def test_nothing_of_the_recording_stays_behind() -> None:
     """Once graph and report are dropped, neither the model nor the result holds on to the recording."""
-    from graphprune.trace.recorder import Program  # noqa: PLC0415 (only this test looks behind the curtain)
+    from graphprune.trace.program import Program  # noqa: PLC0415 (only this test looks behind the curtain)
 
     def alive() -> set[int]:
         gc.collect()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-import graphprune.groups.build as groups_of
-import graphprune.speedup.speedup as surgery
+from graphprune.groups import build as groups_of
+from graphprune.speedup import speedup as surgery
 from graphprune.trace.data_dependent import decision
 from graphprune.trace.recorder import record
 from tests.support.invariants import evaluate, permutation_error, train_step

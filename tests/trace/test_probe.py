@@ -159,7 +159,7 @@ def test_probing_leaves_no_trace() -> None:
 
 def test_a_wrong_map_would_not_be_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Removal is the proof: with the influence read wrongly (channels shifted by one), the map is refused and the channels freeze."""
-    import graphprune.trace.probe as probing  # noqa: PLC0415
+    from graphprune.trace import probe as probing  # noqa: PLC0415
 
     right = probing._link  # noqa: SLF001
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-import graphprune.speedup.speedup as surgery
 from graphprune.ops.registry import RULES, Labels, Op
+from graphprune.speedup import speedup as surgery
 from graphprune.trace.recorder import record
 from graphprune.verify.replay import Check, difference, output_tensors, tolerance_for
 from tests.support.handmade import residual

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.trace.inputs import Inputs
-    from graphprune.trace.recorder import Program
+    from graphprune.trace.program import Program
 
 Look: TypeAlias = "Callable[[fx.Node, tuple[Any, ...], dict[str, Any], Any], None]"
 """From a recorded operator to nothing: is given the arguments and the result of the same operator on a batch, right after it ran."""
