@@ -157,11 +157,11 @@ def main() -> int:
     except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
 
     text = table.to_markdown()
     print(text)
-    with replacing(options.out / "accuracy.md") as temporary:
+    with atomic(options.out / "accuracy.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     table.plot(options.out / "accuracy.png")
     return 1 if table.failures() else 0

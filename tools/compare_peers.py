@@ -250,7 +250,7 @@ def show(outcomes: dict[str, Outcome], limit: float) -> None:
 
 def save(outcomes: dict[str, Outcome], limit: float, versions: dict[str, str], path: Path) -> None:
     """Writes every run, what it was measured with, and the verdicts as JSON."""
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
 
     machine = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(), "torch_threads": 1}
     networks = {}
@@ -258,7 +258,7 @@ def save(outcomes: dict[str, Outcome], limit: float, versions: dict[str, str], p
         ratios = {side: outcome.ratio(side, limit)[0] for side in (OURS, IN_PLACE)}
         networks[name] = {**asdict(outcome), "ratios": ratios, "bound": BOUNDS.get(name), "holds": holds(name, outcome, limit)}
     document = {"versions": versions, "machine": machine, "limit_seconds": limit, "networks": networks}
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

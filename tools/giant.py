@@ -114,9 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         print(f"{key.replace('_', ' '):20s} {shown}")
     if options.json:
-        from graphprune.runs.atomic import replacing
+        from graphprune.runs.atomic import atomic
 
-        with replacing(options.json) as temporary:
+        with atomic(options.json) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     found = faults(record, options.seconds, options.gib)
     print("; ".join(found) or f"passes: at most {options.seconds:g} s and {options.gib:g} GiB")

@@ -128,7 +128,7 @@ def trained(options: argparse.Namespace, text: Text) -> nn.Module:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
     from tests.support.bytes import Batches, ByteTransformer, next_byte
 
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def trained(options: argparse.Namespace, text: Text) -> nn.Module:
         return model
     course = Course(Batches(text.train, options.steps, seed=1), LR)
     course(model, course.optimizer(model.parameters()), next_byte)
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         save_file(model.state_dict(), temporary)
     return model
 
@@ -209,9 +209,9 @@ def table(before: float, results: list[Result]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Writes a file by a temporary name."""
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
 
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

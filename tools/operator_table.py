@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, writes or compares, and returns the exit code."""
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
     from tests.support.operator_section import COMMAND, replaced, section
     from tests.support.operator_table import OPERATORS
     from tests.support.operator_verdicts import measure, pair
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print(f"{options.readme.name} is up to date" if new == old else f"{options.readme.name} is out of date; run {COMMAND}")
         return 1 if bad or new != old else 0
-    with replacing(options.readme) as temporary:
+    with atomic(options.readme) as temporary:
         temporary.write_text(new, encoding="utf-8")
     return 1 if bad else 0
 

@@ -92,13 +92,13 @@ def table(results: list[Found]) -> Table:
 
 def write(folder: Path, settings: Settings, results: list[Found]) -> None:
     """Writes what there is, each file as a whole or not at all."""
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
 
     record = {"settings": asdict(settings), "results": [found.to_dict() for found in results]}
-    with replacing(folder / "searches.json") as path:
+    with atomic(folder / "searches.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     rows = [{**found.to_dict(), **{f"oracle_{k}": v for k, v in asdict(found.oracle).items()}} for found in results]
-    with replacing(folder / "searches.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+    with atomic(folder / "searches.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [name for name in rows[0] if name != "oracle"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

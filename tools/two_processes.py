@@ -84,13 +84,13 @@ def trained(path: Path, depth: int) -> None:
     from safetensors.torch import save_file
 
     from graphprune.cli.demo import LR, build, load_digits, train
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
 
     if path.exists():
         return
     model = build(depth, 0)
     train(model, load_digits(), epochs=EPOCHS, lr=LR, seed=0)
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         save_file(model.state_dict(), temporary)
 
 
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit code."""
     import torch
 
-    from graphprune.runs.atomic import replacing
+    from graphprune.runs.atomic import atomic
 
     options = parse(arguments)
     torch.set_num_threads(1)
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         results = measured(options)
         one, two = (statistics.median(r.seconds for r in results if r.processes == processes) for processes in (1, 2))
-        with replacing(options.out / "two_processes.json") as temporary:
+        with atomic(options.out / "two_processes.json") as temporary:
             record = {"one": one, "two": two, "ratio": two / one, "runs": [asdict(result) for result in results]}
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -133,10 +133,10 @@ class Recalibration:
 
     def __call__(self, model: nn.Module) -> None:
         """Does so."""
-        from graphprune.data.sources import parted
+        from graphprune.data.sources import split_batch
         from graphprune.training.calibration import recalibrate
 
-        recalibrate(model, (parted(batch)[0] for batch in islice(self.batches, self.limit)))
+        recalibrate(model, (split_batch(batch)[0] for batch in islice(self.batches, self.limit)))
 
 
 @dataclass(frozen=True)

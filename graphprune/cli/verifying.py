@@ -78,7 +78,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
     from graphprune.masks.channels import checked_tensors
     from graphprune.speedup.speedup import speedup
     from graphprune.surgery.rewriting import Removal
-    from graphprune.trace.inputs import run, undisturbed
+    from graphprune.trace.inputs import preserve_state, run
     from graphprune.verify.reference import reference_for
 
     for step in recipe.steps[:-1]:
@@ -87,7 +87,7 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
     analysis = masks.graph.engine
     tensors = checked_tensors(dense, masks.graph)
     reference = reference_for(dense, Removal(analysis, analysis.removed(masks.removed_causes)), masks, tensors)
-    with undisturbed(small):
+    with preserve_state(small):
         run(small, inputs.copied())
     return reference.check(small)
 

@@ -14,7 +14,7 @@ from graphprune.errors import ConfigError, FileError
 from graphprune.export import export_onnx
 from graphprune.masks.channels import Masks
 from graphprune.masks.elements import ElementMasks
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 
 _EPOCH = ("epoch", "callback")
 
@@ -95,7 +95,7 @@ def exported(
 
 def _written(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
     try:
-        with replacing(path) as temporary:
+        with atomic(path) as temporary:
             torch.save(tensors, temporary)
     except (OSError, RuntimeError) as error:
         raise FileError(f"cannot write {os.fspath(path)!r}: {error}", "Choose a folder that can be written to") from error

@@ -15,7 +15,7 @@ from torch import nn
 from graphprune import search
 from graphprune.compat.former import Former, epoch_trainer, today
 from graphprune.compat.trained import criterion_or_cross_entropy, own_adam, with_rho
-from graphprune.data.sources import parted
+from graphprune.data.sources import split_batch
 from graphprune.errors import ConfigError
 from graphprune.pruners.budgets import Budget
 from graphprune.repair import Reconstruction
@@ -357,4 +357,4 @@ def _at_hand(
 
 def _first(batches: Iterable[Any]) -> Inputs:
     """Returns the inputs of a loader's first batch."""
-    return parted(next(iter(batches)))[0]
+    return split_batch(next(iter(batches)))[0]

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.trace.contexts import whole_attention
-from graphprune.trace.inputs import normalise, run, undisturbed
+from graphprune.trace.inputs import normalise, preserve_state, run
 from graphprune.trace.meta_device import shapes_suffice
 
 _aten = torch.ops.aten
@@ -85,7 +85,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
         InputError: if the example inputs are missing, or the model cannot be run on them.
     """
     inputs = normalise(example_inputs).copied()
-    with undisturbed(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()):
+    with preserve_state(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()):
         run(model, inputs)
     return Cost(sum(parameter.numel() for parameter in model.parameters()), _macs(counter))
 
@@ -105,7 +105,7 @@ def count_by_module(model: nn.Module, example_inputs: Any) -> dict[str, Cost]:
     """
     inputs = normalise(example_inputs).copied()
     macs = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-    with undisturbed(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()), _attributing(model, counter, macs):
+    with preserve_state(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()), _attributing(model, counter, macs):
         run(model, inputs)
     params = dict.fromkeys(macs, 0)
     for name, parameter in model.named_parameters():

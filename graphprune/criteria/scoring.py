@@ -11,7 +11,7 @@ import torch
 
 from graphprune.criteria import Part, seen_by
 from graphprune.criteria.statistics import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
-from graphprune.data.distributed import agreed
+from graphprune.data.distributed import broadcast_from_first
 from graphprune.errors import ConfigError, MaskError
 from graphprune.groups.graph import Slice
 from graphprune.masks.channels import checked_tensors
@@ -106,7 +106,7 @@ def score_groups(
     with torch.no_grad():
         for name, found in parts.items():
             detail[name] = tuple(PartScore(p.owner, criterion(p).double().cpu().numpy()) for p in found)
-            total = agreed(_PUT_TOGETHER[aggregation](np.stack([p.scores for p in detail[name]])))
+            total = broadcast_from_first(_PUT_TOGETHER[aggregation](np.stack([p.scores for p in detail[name]])))
             if np.isnan(total).any():
                 culprits = ", ".join(p.owner.parameter for p in found)
                 raise MaskError(f"scores of group {name!r} are not numbers: {culprits} hold NaN", "Check the weights and the data")

@@ -28,7 +28,7 @@ def rank() -> int:
     return distributed.get_rank() if processes() > 1 else 0
 
 
-def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns the sum of each tensor over all processes, on the tensor's own device; every process must call this with equal shapes."""
     if processes() == 1:
         return list(tensors)
@@ -40,7 +40,7 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def agreed(array: NDArray[np.float64]) -> NDArray[np.float64]:
+def broadcast_from_first(array: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns the values that the first process has, of the same shape, so that all take the same decisions by them, bit for bit."""
     if processes() == 1:
         return array

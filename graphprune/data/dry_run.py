@@ -30,11 +30,11 @@ class EndOfRehearsal(BaseException):
     """Ends the trainer once enough was seen; no Exception, as trainers may catch these."""
 
 
-class Rehearsal:
+class DryRun:
     """One run of a trainer that trains nothing.
 
     Args:
-        model: the user's, in eval mode; its `.grad` fields are as they were afterwards (the rest is up to the caller, see `undisturbed`).
+        model: the user's, in eval mode; its `.grad` fields are as they were afterwards (the rest is the caller's, see `preserve_state`).
         called: is given the inputs of every call of the model, before it runs.
         lost: is given every loss that has a gradient, or None where losses do not matter.
         limit: end the trainer after so many batches (calls of the model, or calls with a loss).

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.data.dry_run import Rehearsal
+from graphprune.data.dry_run import DryRun
 from graphprune.errors import ConfigError, InputError
 from graphprune.trace.contexts import whole_attention
-from graphprune.trace.inputs import Inputs, normalise, run, undisturbed
+from graphprune.trace.inputs import Inputs, normalise, preserve_state, run
 
 _BATCHES = "Pass data=, an iterable of batches such as a DataLoader of (inputs, targets)"
 _LOSS = "Pass loss=, a function of output and target such as torch.nn.functional.cross_entropy"
@@ -75,9 +75,9 @@ class Loader:
             InputError: there are no batches, or the model cannot run on one.
         """
         samples = 0
-        with undisturbed(model), generators_kept(), _numbered() as position:
+        with preserve_state(model), generators_kept(), _numbered() as position:
             for batch in self._taken(position):
-                inputs, _ = parted(batch)
+                inputs, _ = split_batch(batch)
                 visit(inputs)
                 samples += _samples(inputs)
         return samples
@@ -92,14 +92,14 @@ class Loader:
         if self.loss is None:
             raise ConfigError("the data has no loss, and gradients are needed", _LOSS)
         samples = 0
-        with undisturbed(model), generators_kept(), whole_attention(), torch.enable_grad(), _numbered() as position:
+        with preserve_state(model), generators_kept(), whole_attention(), torch.enable_grad(), _numbered() as position:
             for batch in self._taken(position):
                 samples += self._one_loss(model, batch, visit)
         return samples
 
     def _one_loss(self, model: nn.Module, batch: Any, visit: Callable[[Tensor], None]) -> int:
         """Visits the loss of one batch; nothing of its autograd graph outlives the call."""
-        inputs, target = parted(batch)
+        inputs, target = split_batch(batch)
         if target is None:
             what = f"the batch ({inputs}) has no target to compute a loss with"
             raise InputError(what, "Let the data yield (inputs, target), or dicts of keyword arguments with loss(output, batch)")
@@ -198,8 +198,8 @@ class Trainer:
         return samples
 
     def _rehearsed(self, model: nn.Module, called: Callable[[Inputs], None], lost: Callable[[Any], None] | None) -> None:
-        with undisturbed(model), generators_kept(), whole_attention(), torch.enable_grad():
-            Rehearsal(model, called, lost, self.limit).run(self.trainer, self.optimizer, self.criterion)
+        with preserve_state(model), generators_kept(), whole_attention(), torch.enable_grad():
+            DryRun(model, called, lost, self.limit).run(self.trainer, self.optimizer, self.criterion)
 
 
 def source(
@@ -237,7 +237,7 @@ def source(
     raise ConfigError(f"{who} looks at data, and there is none", f"{_BATCHES}, or {_TRAINING}")
 
 
-def parted(batch: Any) -> tuple[Inputs, Any]:
+def split_batch(batch: Any) -> tuple[Inputs, Any]:
     """Returns the inputs of a batch and its target: the batch itself where it is a dict, None where there is none.
 
     Raises:
@@ -277,7 +277,7 @@ def _check_limit(limit: int | None) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Puts the random number generators of Python and NumPy back after the block (`undisturbed` does so with PyTorch's)."""
+    """Puts the random number generators of Python and NumPy back after the block (`preserve_state` does so with PyTorch's)."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (it is the global one that loaders draw from)
     try:
         yield

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError
 from graphprune.export.quiet import quiet
-from graphprune.trace.inputs import Inputs, run, undisturbed
+from graphprune.trace.inputs import Inputs, preserve_state, run
 
 _DAMPING = 0.875  # exact in floating point; also moves what depends on the largest value, and keeps values in their range
 
@@ -126,7 +126,7 @@ def _dynamic(fixed: Job, example: Run, model: nn.Module, inputs: Inputs, notes: 
 
 def _run(model: nn.Module, inputs: Inputs, names: list[str]) -> tuple[Run, bool]:
     """Returns the model's tensors by name, and whether its result is one tensor, or a tuple or list of nothing but tensors."""
-    with undisturbed(model), quiet():
+    with preserve_state(model), quiet():
         result = run(model, inputs.copied())
         tensors = [(name, tensor.detach().clone()) for name, tensor in _tensors(result)]
     if not tensors:

@@ -16,7 +16,7 @@ from torch.jit import TracerWarning  # type: ignore[attr-defined] # is public, a
 from graphprune.export.job import Job
 from graphprune.export.quiet import quiet
 from graphprune.trace.contexts import whole_attention
-from graphprune.trace.inputs import undisturbed
+from graphprune.trace.inputs import preserve_state
 
 _SINGLE_FILE_BYTES = 3 << 29  # a protobuf message ends at 2 GiB; beyond 1.5 GiB the weights go into a file of their own
 _LONGEST_CAUSE = 240  # characters of an exporter's own message that are repeated in ours
@@ -59,7 +59,7 @@ def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool)
         Exception: whatever the exporter fails with.
     """
     try:
-        with undisturbed(model), whole_attention(), quiet() as caught:
+        with preserve_state(model), whole_attention(), quiet() as caught:
             warnings.simplefilter("always" if trust else "error", TracerWarning)
             WRITERS[exporter](job, file)
     except Exception as error:

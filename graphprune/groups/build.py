@@ -14,7 +14,7 @@ import numpy as np
 from graphprune.errors import GraphPruneError
 from graphprune.groups.decisions import freeze_decided
 from graphprune.groups.explain import dataflow, frozen_positions
-from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, apart, doomed
+from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, split_overlapping, whole_dim_causes
 from graphprune.groups.graph import DependencyGraph, Group, Role, Slice
 from graphprune.groups.other_paths import RandomBranches
 from graphprune.groups.propagate import Analysis, extend, label
@@ -161,7 +161,7 @@ def _parameters_behind(node: fx.Node, analysis: Analysis) -> list[Value]:
 
 def _freeze_whole(slots: list[tuple[Slot, Ids]], analysis: Analysis) -> None:
     """Freezes causes that own every index of some parameter dimension: removing one would empty a layer."""
-    while found := doomed(slots, analysis.table):
+    while found := whole_dim_causes(slots, analysis.table):
         for cause, slot in found:
             why = Why(f"owns all of {slot.parameter} dim {slot.dim}, which would be left empty", "", slot.parameter.rpartition(".")[0])
             analysis.reasons.append(why)
@@ -176,7 +176,7 @@ def _groups(footprints: Footprints, analysis: Analysis) -> list[Group]:
     order = _slot_order(analysis)
     raw: list[tuple[int, Ids, list[Slice]]] = []
     for causes, layouts in zip(members, footprints.layouts_of(np.array([causes[0] for causes in members])), strict=True):
-        for family in apart(causes, layouts):
+        for family in split_overlapping(causes, layouts):
             ordered, slices = footprints.slices(family, layouts, order)
             raw.append((order.get(slices[0].parameter, 0), ordered, slices))
     raw.sort(key=_rank)

@@ -151,7 +151,7 @@ class Footprints:
         return causes, [Slice(s.parameter, s.dim, positions, produces=s.produces) for s, positions in slots]
 
 
-def apart(causes: Ids, layouts: list[Layout]) -> list[Ids]:
+def split_overlapping(causes: Ids, layouts: list[Layout]) -> list[Ids]:
     """Returns causes with equal footprints in families whose members do not share all of their positions.
 
     Where one dimension is cut into blocks in two ways, the blocks of both may own equally much of everything. But a block of the first
@@ -217,7 +217,7 @@ def _spread(layout: int, counts: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return key
 
 
-def doomed(slots: list[tuple[Slot, Ids]], table: LabelTable) -> list[tuple[int, Slot]]:
+def whole_dim_causes(slots: list[tuple[Slot, Ids]], table: LabelTable) -> list[tuple[int, Slot]]:
     """Returns the causes that own every index of some parameter dimension, each with the first such dimension."""
     out: list[tuple[int, Slot]] = []
     seen: set[int] = set()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from graphprune.errors import FileError, MaskError, nearest
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 from graphprune.trace.meta_device import require_values
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def write_flags(path: str | os.PathLike[str], flags: Mapping[str, NDArray[np.boo
     """
     target = Path(path)
     try:
-        with replacing(target) as temporary:
+        with atomic(target) as temporary:
             save_file({name: array.astype(np.uint8) for name, array in flags.items()}, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot write masks to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from graphprune.errors import FileError, MaskError
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 from graphprune.surgery.recipe import Recipe, Step, recipe_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     metadata = {"format": "pt", _KEY: json.dumps(_header(recipe, aliases))}
     target = Path(path)
     try:
-        with replacing(target) as temporary:
+        with atomic(target) as temporary:
             save_file({**tensors, **_arrays(recipe)}, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot write a model to {str(target)!r}: {error}", "Choose a folder that exists and is writable") from error

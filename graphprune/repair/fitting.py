@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graphprune.data.distributed import rank, summed
+from graphprune.data.distributed import all_reduce_sum, rank
 from graphprune.repair.equations import Sums
 from graphprune.repair.report import LeftAlone, Refitted
 
@@ -67,7 +67,7 @@ class Fit:
     def finish(self, tensors: Mapping[str, Tensor], ridge: float) -> Refitted | LeftAlone:
         """Writes the new weights into the pruned network's tensors; returns what was done."""
         ragged = torch.tensor(float(self._ragged))
-        *totals, ragged = summed([*(t for sums in self._sums for t in sums.parts()), ragged])
+        *totals, ragged = all_reduce_sum([*(t for sums in self._sums for t in sums.parts()), ragged])
         for at, sums in enumerate(self._sums):
             sums.replace(totals[3 * at : 3 * at + 3])
         layer = self.reader.layer

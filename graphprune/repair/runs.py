@@ -14,7 +14,7 @@ from graphprune.ops.registry import named_arguments
 from graphprune.repair.windows import Windows
 from graphprune.surgery.rewriting import Removal
 from graphprune.trace.recorder import record
-from graphprune.verify.lockstep import Follower
+from graphprune.verify.lockstep import ReferenceRun
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -74,7 +74,7 @@ class Runs:
 
     def _follow_pruned(self, inputs: Inputs, look: Look) -> None:
         """Runs the masked network as `observing.following.follow` does, with statistics taken over the channels that are left."""
-        follower = Follower(self._removal, masked=True, everything=False)
+        follower = ReferenceRun(self._removal, masked=True, everything=False)
         recorded = operators(self._program)
 
         def runner(node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

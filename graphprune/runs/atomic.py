@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path in the same folder and with the same ending, for the block to write; it replaces `path` once that is done.
 
     What was written is on the disk before it gets its name: after a crash of the process or of the machine there is the old file or the

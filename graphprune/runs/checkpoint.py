@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from graphprune.errors import ConfigError, FileError
-from graphprune.runs.atomic import leftovers, replacing
+from graphprune.runs.atomic import atomic, leftovers
 
 FORMAT = 1
 _KEY = "graphprune.run"
@@ -121,7 +121,7 @@ class Run:
         }
         try:
             own = {f"{_OWN}{n}": t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in (tensors or {}).items()}
-            with replacing(self.path) as temporary:
+            with atomic(self.path) as temporary:
                 temporary.write_bytes(save({**own, **arrays}, {_KEY: json.dumps(header)}))
         except OSError as error:
             raise FileError(f"cannot write the run to {str(self.path)!r}: {error}", "Choose a folder that can be written to") from error

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from graphprune.errors import ConfigError, FileError
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def written(path: str | os.PathLike[str], what: str, write: Callable[[Path], obj
     """
     target = Path(path)
     try:
-        with replacing(target) as temporary:
+        with atomic(target) as temporary:
             write(temporary)
     except (OSError, ValueError) as error:
         fix = "Choose a folder that exists and is writable, and an ending that fits"

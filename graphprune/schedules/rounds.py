@@ -30,7 +30,7 @@ from graphprune.schedules.entries import Planned, planned, relative
 from graphprune.schedules.functions import Linear, Schedule
 from graphprune.schedules.history import History, Round, bar
 from graphprune.schedules.state import Outcome, State
-from graphprune.training.finetuning import Trainee, Wishes, checked_score
+from graphprune.training.finetuning import TrainingConfig, TrainingCopy, checked_score
 from graphprune.training.keeping import held, removed
 from graphprune.training.packing import settings_of
 from graphprune.training.session import Course, check_count, flags_kept
@@ -126,7 +126,7 @@ class RoundsPruner:
         steps = 10 if total_iteration is None else check_count(total_iteration, "total_iteration", 1)
         self.plan: Planned = planned(config_list, who, lambda final: self.schedule(final, steps), own=self.own_schedules)
         self.total = max(self.plan.end, 1) if total_iteration is None else steps
-        self.wishes = Wishes(finetune, trainer, optimizer, criterion, data, loss, training_epochs, lr_scheduler)
+        self.wishes = TrainingConfig(finetune, trainer, optimizer, criterion, data, loss, training_epochs, lr_scheduler)
         self._how = self.wishes.checked(who)
         self.algorithm = Algorithm.of(pruning_algorithm, pruning_params, vars(self.wishes), who)
         self._check_optimizers(who)
@@ -230,7 +230,7 @@ class RoundsPruner:
             idle = self._how is None and isinstance(params.get("optimizer"), Optimizer)
             trainer: Any = params.get("trainer")
             how = Course(type(self).__name__, trainer, params["optimizer"]) if idle else self._how
-            trainee = Trainee.of(self.model, self.wishes, how, idle=idle)
+            trainee = TrainingCopy.of(self.model, self.wishes, how, idle=idle)
             self._state = State(trainee, self.graph, None if self.graph is None else Masks(self.graph))
         return self._state
 
@@ -241,7 +241,7 @@ class RoundsPruner:
             self.state.restore(saved)
             run.load()  # for its random numbers, of which tracing the model may have used some
         elif run.path is not None:
-            self.state.trainee.require_no_strangers(type(self).__name__)
+            self.state.trainee.check_optimizer_parameters(type(self).__name__)
 
     def _round(self, number: int) -> Round:
         start = time.perf_counter()

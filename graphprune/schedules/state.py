@@ -16,7 +16,7 @@ from graphprune.masks.elements import ElementMasks
 from graphprune.schedules.history import Round
 from graphprune.speedup.speedup import speedup
 from graphprune.surgery.recipe import composed
-from graphprune.training.finetuning import Snapshot, Trainee, packed, unpacked
+from graphprune.training.finetuning import Snapshot, TrainingCopy, packed, unpacked
 from graphprune.training.optimizers import slice_average
 from graphprune.training.packing import packed_optimizer, restore_optimizer
 from graphprune.training.tensors import Kept
@@ -58,7 +58,7 @@ class State:
         kept: parameter -> dim -> which positions of the original model the speedups have left.
     """
 
-    trainee: Trainee
+    trainee: TrainingCopy
     graph: DependencyGraph | None
     masks: Masks | ElementMasks | None = None
     rounds: tuple[Round, ...] = ()

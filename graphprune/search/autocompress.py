@@ -37,7 +37,7 @@ from graphprune.search.pruner import require_constraints
 from graphprune.search.scattering import scattered
 from graphprune.sensitivity.bench import finite
 from graphprune.sensitivity.scoreboard import name_of
-from graphprune.training.finetuning import Finetune, Trainee, Wishes
+from graphprune.training.finetuning import Finetune, TrainingConfig, TrainingCopy
 from graphprune.training.keeping import held
 from graphprune.training.packing import settings_of
 from graphprune.training.session import check_count, flags_kept, refuse_former
@@ -139,7 +139,7 @@ class AutoCompressPruner:
             raise ConfigError(f"{who} is to keep intermediate results, and has no folder", "Pass folder=")
         self._training = Training.of(training, admm_params, who)
         self._searching = Searching.of(sa_params, evaluator, who)
-        self._wishes = Wishes(finetune=finetune, training_epochs=finetune_epochs)
+        self._wishes = TrainingConfig(finetune=finetune, training_epochs=finetune_epochs)
         self._wishes.checked(who)
         if finetune is not None and finetune_epochs:
             raise ConfigError(f"{who} has finetune= and finetune_epochs=", "Pass one of them")
@@ -353,7 +353,7 @@ class AutoCompressPruner:
     def state(self) -> State:
         """Where the rounds are; a copy of the model and of its optimizer is made when they begin."""
         if self._state is None:
-            trainee = Trainee.of(self.model, self._wishes, self._training.how)
+            trainee = TrainingCopy.of(self.model, self._wishes, self._training.how)
             self._state = State(trainee, self.graph, Masks(self.graph))
         return self._state
 
@@ -372,7 +372,7 @@ class AutoCompressPruner:
                 state.best = replace(state.best, round=self._records[state.best.round.number - 1])
             kept.load()  # for its random numbers, of which tracing the model may have used some
         elif kept.path is not None:
-            state.trainee.require_no_strangers(self._who)
+            state.trainee.check_optimizer_parameters(self._who)
 
     def _saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Returns everything as plain values and tensors."""

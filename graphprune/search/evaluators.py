@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from graphprune.data.sources import Loader, parted
+from graphprune.data.sources import Loader, split_batch
 from graphprune.errors import ConfigError, InputError, nearest
-from graphprune.trace.inputs import run, tensors_in, undisturbed
+from graphprune.trace.inputs import preserve_state, run, tensors_in
 
 Metric: TypeAlias = Literal["accuracy", "loss"]
 _TARGETS = "Let the data yield (inputs, target), or dicts of keyword arguments with 'labels' among them"
@@ -54,9 +54,9 @@ class DataEvaluator:
             InputError: there are no batches, one has no target, or the model or the loss cannot be run on one.
         """
         total = weight = 0.0
-        with undisturbed(model), torch.no_grad():
+        with preserve_state(model), torch.no_grad():
             for batch in islice(self.batches, self.limit):
-                inputs, target = parted(batch)
+                inputs, target = split_batch(batch)
                 if target is None:
                     raise InputError(f"the batch ({inputs}) has no target", _TARGETS)
                 output = run(model, inputs.copied())

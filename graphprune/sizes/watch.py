@@ -42,7 +42,7 @@ class Demand:
         old: what it is.
         module: path of the module that ran it.
         operator: the operator that it arrived at, or "a comparison".
-        firm: False where the code may do without (a comparison, a number that is only read as a float).
+        required: False where the code may do without (a comparison, a number that is only read as a float).
         default: the argument that the code leaves to a default depending on this width, or "".
     """
 
@@ -51,7 +51,7 @@ class Demand:
     old: int
     module: str
     operator: str
-    firm: bool = True
+    required: bool = True
     default: str = ""
 
     def __str__(self) -> str:
@@ -77,16 +77,18 @@ def demands(model: nn.Module, analysis: Analysis) -> list[Demand]:
     paths = [n.meta["module"] for n in nodes] or [""]
     for c in trail.comparisons:
         code = Arithmetic(c.function, c.left, c.right, int(c.outcome))
-        out.append(Demand(code, None, code.old, paths[min(c.moment, len(paths) - 1)], "a comparison", firm=False))
+        out.append(Demand(code, None, code.old, paths[min(c.moment, len(paths) - 1)], "a comparison", required=False))
     for expression, moment in trail.floats:
-        out.append(Demand(expression, None, expression.old, paths[min(moment, len(paths) - 1)], "floating-point arithmetic", firm=False))
+        out.append(
+            Demand(expression, None, expression.old, paths[min(moment, len(paths) - 1)], "floating-point arithmetic", required=False)
+        )
     return _distinct(out)
 
 
 def _distinct(found: list[Demand]) -> list[Demand]:
     out: dict[Any, Demand] = {}
     for d in found:
-        out.setdefault((_key(d.code), id(d.labels), d.old, d.firm), d)
+        out.setdefault((_key(d.code), id(d.labels), d.old, d.required), d)
     return list(out.values())
 
 

@@ -91,7 +91,7 @@ class _System:
         self.sums: dict[int, _Sum | None] = {}
         usable, self.whole = self._sorted_out(found)
         asked = self._reader(self.asked, {})
-        first = sorted(((c, t) for c, t, firm in usable if firm), key=lambda e: evaluate(e[1], asked) == _old(e[1]))
+        first = sorted(((c, t) for c, t, required in usable if required), key=lambda e: evaluate(e[1], asked) == _old(e[1]))
         self.meant = definitions(first, asked)
         self.equations = self._open([(c, t) for c, t, _ in usable])
         self.tries = 0
@@ -99,13 +99,13 @@ class _System:
     # -- reading -----------------------------------------------------------------------------------------------------------------
 
     def _sorted_out(self, found: Sequence[Demand]) -> tuple[list[tuple[Expression | int, Expression | int, bool]], set[int]]:
-        """Returns equations with whether they are firm, and the groups that stay whole: those of firm demands that are no equations."""
+        """Returns equations with whether they are required, and the groups that stay whole: those of required demands that are no equations."""
         usable, whole = [], set()
         for d in found:
             target = _target(d)
             if self._is_usable(d.code) and self._is_usable(target):
-                usable.append((d.code, target, d.firm))
-            elif d.firm and not self._is_plain(d):
+                usable.append((d.code, target, d.required))
+            elif d.required and not self._is_plain(d):
                 for leaf in (*leaves(d.code), *leaves(target)):
                     if isinstance(leaf, Extent):
                         whole |= set(self.owner[self.table.expand(leaf.labels)[1]].tolist()) - {-1}

@@ -52,8 +52,8 @@ def solved(found: Sequence[Demand], removal: Removal) -> Discovery:
     def wanted(demand: Demand) -> int:
         return demand.old if demand.labels is None else count(Extent(demand.labels, demand.old))
 
-    firm = [d for d in found if d.firm]
-    equations = [(d.code, wanted(d)) for d in sorted(firm, key=lambda d: wanted(d) == d.old)]
+    required = [d for d in found if d.required]
+    equations = [(d.code, wanted(d)) for d in sorted(required, key=lambda d: wanted(d) == d.old)]
     meant = definitions(equations, lambda leaf: count(leaf) if isinstance(leaf, Extent) else leaf.old)
     values: dict[Place, int] = {}
 
@@ -64,8 +64,8 @@ def solved(found: Sequence[Demand], removal: Removal) -> Discovery:
 
     for place, expression in meant.items():
         values[place] = max(int(evaluate(expression, value)), 1)
-    old = {leaf.place: leaf.old for d in firm for leaf in _attributes(d)}
-    given = [(d, int(evaluate(d.code, value)), wanted(d)) for d in firm]
+    old = {leaf.place: leaf.old for d in required for leaf in _attributes(d)}
+    given = [(d, int(evaluate(d.code, value)), wanted(d)) for d in required]
     broken = [f"{d}, which gives {gives} where {needed} is needed" for d, gives, needed in given if gives != needed]
     return Discovery({p: v for p, v in values.items() if v != old[p]}, tuple(dict.fromkeys(broken)))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graphprune.trace.inputs import undisturbed
+from graphprune.trace.inputs import preserve_state
 from graphprune.trace.meta_device import shapes_suffice
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def caches(model: nn.Module, inputs: Inputs) -> list[Where]:
     if not found:
         return []
     keys = {where: list(held) for where, held in found.items()}
-    with undisturbed(model), shapes_suffice(model, inputs.tensors()):
+    with preserve_state(model), shapes_suffice(model, inputs.tensors()):
         for held in found.values():
             held.clear()
         try:
@@ -39,8 +39,8 @@ def caches(model: nn.Module, inputs: Inputs) -> list[Where]:
 
 
 @contextmanager
-def emptied(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Empties a model's caches inside the block; whoever calls this puts them back, as `undisturbed` does."""
+def without_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Empties a model's caches inside the block; whoever calls this puts them back, as `preserve_state` does."""
     clear(model, caches(model, inputs))
     yield
 

@@ -136,7 +136,7 @@ def argument_names(model: nn.Module, positional: int, keywords: list[str]) -> li
     return [*names, *keywords]
 
 
-def restated(value: Any, tensor: Callable[[Tensor], Any], rebuilt: Callable[[Any, dict[str, Any]], Any]) -> Any:
+def map_outputs(value: Any, tensor: Callable[[Tensor], Any], rebuilt: Callable[[Any, dict[str, Any]], Any]) -> Any:
     """Returns what a model returned with other things in the tensors' places; what no graph can hold becomes None.
 
     Args:
@@ -148,13 +148,13 @@ def restated(value: Any, tensor: Callable[[Tensor], Any], rebuilt: Callable[[Any
         return tensor(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value)]
-        return rebuilt(type(value), {name: restated(getattr(value, name), tensor, rebuilt) for name in names})
+        return rebuilt(type(value), {name: map_outputs(getattr(value, name), tensor, rebuilt) for name in names})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return rebuilt(type(value), {name: restated(getattr(value, name), tensor, rebuilt) for name in value._fields})
+        return rebuilt(type(value), {name: map_outputs(getattr(value, name), tensor, rebuilt) for name in value._fields})
     if isinstance(value, (list, tuple)):
-        return type(value)(restated(v, tensor, rebuilt) for v in value)
+        return type(value)(map_outputs(v, tensor, rebuilt) for v in value)
     if isinstance(value, dict):
-        items = {k: restated(v, tensor, rebuilt) for k, v in value.items()}
+        items = {k: map_outputs(v, tensor, rebuilt) for k, v in value.items()}
         return items if type(value) is dict else rebuilt(type(value), items)
     return value if isinstance(value, (int, float, bool, str, torch.dtype, torch.device)) else None
 
@@ -191,7 +191,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Lets the model run in inference mode inside the block, and puts everything back that a run may change.
 
     Inside, all modules have ``training = False`` (set directly: some models' own `train` rewrites weights) and no gradients are

@@ -79,7 +79,7 @@ def is_about_values(error: Exception) -> bool:
     return isinstance(error, (NotImplementedError, RuntimeError, TypeError)) and any(phrase in str(error) for phrase in _SAYINGS)
 
 
-def literals(weightless: Weightless | None) -> AbstractContextManager[Any]:
+def literals(weightless: MetaExecutor | None) -> AbstractContextManager[Any]:
     """Returns a context in which tensors that are made of Python numbers have values; for a model with weights it does nothing."""
     return nullcontext() if weightless is None else _Literals()
 
@@ -164,7 +164,7 @@ class _Call:
         return device in given
 
 
-class Weightless:
+class MetaExecutor:
     """Calls operators on tensors of which some have no values.
 
     Args:
@@ -205,12 +205,12 @@ class Weightless:
     @staticmethod
     def running(
         model: nn.Module, inputs: list[Tensor], node_of: Callable[[Tensor], fx.Node], place: Callable[[], str]
-    ) -> Weightless | None:
+    ) -> MetaExecutor | None:
         """Returns what calls the operators while a model is recorded: None for a model and inputs that have values."""
         if not _has_meta(model, inputs):
             return None
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return Weightless({name for name, tensor in named if tensor.is_meta}, node_of, place)
+        return MetaExecutor({name for name, tensor in named if tensor.is_meta}, node_of, place)
 
     def operator(self, func: Any) -> Any:
         """Returns an operator with the attributes of `func` that is called through this object."""
@@ -275,10 +275,10 @@ class Weightless:
 
 @dataclass(frozen=True)
 class _Operator:
-    """An overload, called through a `Weightless`."""
+    """An overload, called through a `MetaExecutor`."""
 
     func: Any
-    weightless: Weightless
+    weightless: MetaExecutor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.weightless(self.func, args, kwargs)
@@ -304,11 +304,11 @@ def shapes_suffice(model: nn.Module, inputs: Iterable[Tensor]) -> Iterator[None]
 
 
 class _Running(TorchDispatchMode):
-    """Calls every operator through `Weightless`."""
+    """Calls every operator through `MetaExecutor`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._weightless = Weightless(set(), None, lambda: "the model")
+        self._weightless = MetaExecutor(set(), None, lambda: "the model")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._weightless(func, args, kwargs or {})

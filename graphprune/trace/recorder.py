@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import GraphPruneError, InputError, TraceError
 from graphprune.ops import rule_for
-from graphprune.trace.caches import emptied
+from graphprune.trace.caches import without_caches
 from graphprune.trace.contexts import below_autograd, module_paths, values_taken, whole_attention
 from graphprune.trace.data_dependent import decision, rounds_matter, sized_by
-from graphprune.trace.inputs import Inputs, argument_names, cannot_run, normalise, place, restated, undisturbed
-from graphprune.trace.meta_device import PYTHON, Weightless, is_about_values, literals, unreadable
+from graphprune.trace.inputs import Inputs, argument_names, cannot_run, map_outputs, normalise, place, preserve_state
+from graphprune.trace.meta_device import PYTHON, MetaExecutor, is_about_values, literals, unreadable
 from graphprune.trace.probe import Recorded
 from graphprune.trace.program import Program
 
@@ -64,7 +64,7 @@ def record(
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    with undisturbed(model), emptied(model, inputs), whole_attention(), below_autograd():
+    with preserve_state(model), without_caches(model, inputs), whole_attention(), below_autograd():
         recorder = _Recorder(model, inputs, on_value, on_call)
         recorder.runner = runner
         args, kwargs = recorder.bind_inputs()
@@ -115,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         self._failure: tuple[int, str] = (0, "")
         self._last_read: fx.Node | None = None
         self._register_tensors(model)
-        self.weightless = Weightless.running(model, inputs.tensors(), self.node_of, lambda: place(self.stack[-1] if self.stack else ""))
+        self.weightless = MetaExecutor.running(model, inputs.tensors(), self.node_of, lambda: place(self.stack[-1] if self.stack else ""))
 
     # -- inputs, parameters, outputs ---------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
 
     def finish(self, output: object) -> None:
         """Records what the model returned, then takes the marks off tensors that outlive the recording."""
-        self.graph.output(restated(output, self.node_of, self._wrapped))
+        self.graph.output(map_outputs(output, self.node_of, self._wrapped))
         for reference in self._marked:
             tensor = reference()
             if tensor is not None:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import InputError
-from graphprune.trace.inputs import normalise, run, undisturbed
+from graphprune.trace.inputs import normalise, preserve_state, run
 from graphprune.trace.meta_device import require_values
 
 _ATEN_ARGUMENTS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -63,7 +63,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     require_values(model, "recalibrate")
     statistics = _Statistics(model)
     done = 0
-    with undisturbed(model), statistics:
+    with preserve_state(model), statistics:
         for done, batch in enumerate(batches, start=1):
             _run(model, batch, done)
     if not done:

@@ -29,7 +29,7 @@ MakeScheduler: TypeAlias = "Callable[[Optimizer], torch.optim.lr_scheduler.LRSch
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TrainingConfig:
     """How to train, in the user's words; see the arguments of the pruners of the same names."""
 
     finetune: Finetune | None = None
@@ -88,7 +88,7 @@ class Snapshot:
 
 
 @dataclass(eq=False)
-class Trainee:
+class TrainingCopy:
     """A copy of the user's model and what trains it.
 
     Attributes:
@@ -102,7 +102,7 @@ class Trainee:
     """
 
     model: nn.Module
-    wishes: Wishes
+    wishes: TrainingConfig
     how: Course | None
     optimizer: Optimizer | None = None
     criterion: Any = None
@@ -111,7 +111,7 @@ class Trainee:
     _settings: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, wishes: Wishes, how: Course | None, *, idle: bool = False) -> Trainee:
+    def of(cls, model: nn.Module, wishes: TrainingConfig, how: Course | None, *, idle: bool = False) -> TrainingCopy:
         """Copies a model, and the optimizer that is bound to it."""
         memo: dict[int, Any] = {}
         clone = copied(model, memo)
@@ -197,7 +197,7 @@ class Trainee:
                 on = own[name].device
                 self.optimizer.state[own[name]] = {k: _on(v, own[name], on) for k, v in values.items()}
 
-    def require_no_strangers(self, who: str) -> None:
+    def check_optimizer_parameters(self, who: str) -> None:
         """Raises where the optimizer trains parameters that are not the model's.
 
         Raises:

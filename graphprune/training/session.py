@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphprune.data.distributed import processes, summed
-from graphprune.data.sources import Loader, checked_loss, parted
+from graphprune.data.distributed import all_reduce_sum, processes
+from graphprune.data.sources import Loader, checked_loss, split_batch
 from graphprune.errors import ConfigError, InputError
 from graphprune.masks.channels import copied
 from graphprune.trace.inputs import run
@@ -242,7 +242,7 @@ class Session:
     def _share_statistics(self) -> None:
         """Averages floating-point buffers over all processes."""
         buffers = [b for b in self.model.buffers() if b.is_floating_point()] if processes() > 1 else []
-        for buffer, total in zip(buffers, summed(buffers), strict=True):
+        for buffer, total in zip(buffers, all_reduce_sum(buffers), strict=True):
             buffer.copy_(total / processes())
 
     def _share(self) -> None:
@@ -250,9 +250,9 @@ class Session:
         if processes() == 1:
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        reached = summed([torch.tensor([0.0 if p.grad is None else 1.0 for p in parameters])])[0].tolist()
+        reached = all_reduce_sum([torch.tensor([0.0 if p.grad is None else 1.0 for p in parameters])])[0].tolist()
         used = [p for p, count in zip(parameters, reached, strict=True) if count]
-        gradients = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in used])
+        gradients = all_reduce_sum([torch.zeros_like(p) if p.grad is None else p.grad for p in used])
         for parameter, gradient in zip(used, gradients, strict=True):
             parameter.grad = gradient / processes()
 
@@ -303,7 +303,7 @@ class _Loop:
         empty = True
         for batch in islice(self.data.batches, self.data.limit):
             empty = False
-            inputs, target = parted(batch)
+            inputs, target = split_batch(batch)
             if target is None:
                 what = f"{self.who} cannot train on a batch ({inputs}) without a target"
                 raise InputError(what, "Let the data yield (inputs, target), or dicts of keyword arguments with loss(output, batch)")

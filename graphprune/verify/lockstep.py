@@ -83,7 +83,7 @@ class DepartureError(GraphPruneError):
 # -- the masked model --------------------------------------------------------------------------------------------------------------
 
 
-class Follower:
+class ReferenceRun:
     """Runs the operators of a model at full width along a recording of it, whose labels are known."""
 
     def __init__(self, removal: Removal, *, masked: bool, everything: bool) -> None:
@@ -147,7 +147,7 @@ def follow(model: nn.Module, removal: Removal, *, masked: bool = True, everythin
     """
     inputs = removal.analysis.program.inputs
     for _ in range(_ATTEMPTS):
-        follower = Follower(removal, masked=masked, everything=everything)
+        follower = ReferenceRun(removal, masked=masked, everything=everything)
         outputs: list[object] = []
         follower.run.program = record(model, inputs, runner=follower, on_output=outputs.append)
         follower.run.outputs = outputs[0]
@@ -196,7 +196,7 @@ def _same(mine: fx.Node, theirs: fx.Node) -> bool:
 # -- the shrunk model --------------------------------------------------------------------------------------------------------------
 
 
-class Leader:
+class Replay:
     """Runs the operators of a shrunk model, and gives each decision the outcome that it had in the masked model."""
 
     def __init__(self, entries: list[Entry], tolerance: float, *, everything: bool = False) -> None:
@@ -274,7 +274,7 @@ def _decided_otherwise(mine: Any, theirs: Any) -> bool:
     return isinstance(mine, (bool, int)) and mine != theirs
 
 
-def lead(small: nn.Module, inputs: Inputs, leader: Leader) -> object:
+def lead(small: nn.Module, inputs: Inputs, leader: Replay) -> object:
     """Runs a shrunk model with the masked model's decisions; returns its output.
 
     Raises:

@@ -11,9 +11,9 @@ from graphprune.errors import GraphPruneError, InputError
 from graphprune.masks.channels import copied
 from graphprune.surgery.slicing import like
 from graphprune.trace.data_dependent import is_delicate
-from graphprune.trace.inputs import undisturbed
+from graphprune.trace.inputs import preserve_state
 from graphprune.trace.recorder import record
-from graphprune.verify.lockstep import DepartureError, Entry, Leader, Run, follow, lead
+from graphprune.verify.lockstep import DepartureError, Entry, Replay, Run, follow, lead
 from graphprune.verify.replay import Check, difference, first_difference, masked_outputs, masked_tensor, output_tensors, tolerance_for
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def reference_for(model: nn.Module, removal: Removal, masks: Masks, tensors: Map
     """
     plain = {name: tensor.detach() for name, tensor in tensors.items()}
     if is_delicate(removal.analysis.program):
-        return _Led.of(model, removal, masks, tensors)
+        return _LockstepReference.of(model, removal, masks, tensors)
     inputs = removal.analysis.program.inputs
-    with undisturbed(model):
+    with preserve_state(model):
         dense = output_tensors(inputs.copied().call(model))
     masked = masked_outputs(removal, masks, plain)
 
@@ -64,14 +64,14 @@ def reference_for(model: nn.Module, removal: Removal, masks: Masks, tensors: Map
         return watch.first
 
     _require_values(dense, masked, first_without_values)
-    return _Replayed(removal, masks, plain, masked, difference(dense, masked))
+    return _ReplayedReference(removal, masks, plain, masked, difference(dense, masked))
 
 
 # -- replayed ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Replayed:
+class _ReplayedReference:
     """The masked model as its recording says, in which nothing depends on values."""
 
     removal: Removal
@@ -84,7 +84,7 @@ class _Replayed:
         """Runs a shrunk model and compares what it returns."""
         error = float("inf")
         try:
-            with undisturbed(small):
+            with preserve_state(small):
                 error = difference(self.outputs, output_tensors(self.removal.analysis.program.inputs.copied().call(small)))
         except GraphPruneError:
             raise
@@ -104,7 +104,7 @@ class _Replayed:
 
 
 @dataclass(frozen=True, eq=False)
-class _Led:
+class _LockstepReference:
     """The masked model run in Python, whose decisions the shrunk model is led by."""
 
     model: nn.Module
@@ -114,7 +114,7 @@ class _Led:
     tolerance: float
 
     @staticmethod
-    def of(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> _Led:
+    def of(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> _LockstepReference:
         masked_model = _masked_copy(model, removal, masks, tensors)
         dense, _ = follow(model, removal, masked=False)
         run, found = follow(masked_model, removal)
@@ -125,11 +125,11 @@ class _Led:
             return watch.first
 
         _require_values(output_tensors(dense.outputs), output_tensors(run.outputs), first_without_values)
-        return _Led(masked_model, found, run, _effect(dense, run), tolerance_for(removal.analysis.program))
+        return _LockstepReference(masked_model, found, run, _effect(dense, run), tolerance_for(removal.analysis.program))
 
     def check(self, small: nn.Module) -> Check:
         """Runs a shrunk model and compares what it decides by, and what it returns."""
-        leader = Leader(self.run.entries, self.tolerance)
+        leader = Replay(self.run.entries, self.tolerance)
         try:
             output = lead(small, self.removal.analysis.program.inputs, leader)
         except DepartureError:
@@ -144,7 +144,7 @@ class _Led:
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""
         run, _ = follow(self.model, self.removal, everything=True)
-        leader = Leader(run.entries, self.tolerance, everything=True)
+        leader = Replay(run.entries, self.tolerance, everything=True)
         try:
             lead(small, self.removal.analysis.program.inputs, leader)
         except InputError as error:

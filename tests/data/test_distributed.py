@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import distributed
 
-from graphprune.data.distributed import agreed, processes, rank, summed
+from graphprune.data.distributed import all_reduce_sum, broadcast_from_first, processes, rank
 from tests.support.two_processes import batches, statistics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,6 @@ def test_one_process_needs_nobody() -> None:
     """Without other processes sums are the tensors themselves, and scores the array itself."""
     tensors = [torch.ones(2), torch.zeros(3)]
     assert (processes(), rank()) == (1, 0)
-    assert all(a is b for a, b in zip(summed(tensors), tensors, strict=True))
+    assert all(a is b for a, b in zip(all_reduce_sum(tensors), tensors, strict=True))
     array = np.arange(3.0)
-    assert agreed(array) is array
+    assert broadcast_from_first(array) is array

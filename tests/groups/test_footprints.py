@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, doomed
+from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, whole_dim_causes
 from graphprune.groups.propagate import Analysis
 from graphprune.ops.labels import Ids, LabelTable
 from graphprune.trace.recorder import record
@@ -99,6 +99,6 @@ def test_causes_that_own_a_whole_dimension_are_found() -> None:
     a, b = table.fresh(1), table.fresh(3)
     whole = table.product(np.repeat(a, 3), b)
     slots = [(Slot("missing", 0, produces=False), np.array([a[0], 0, a[0]])), (Slot("apart", 0, produces=False), b)]
-    assert doomed(slots, table) == []
+    assert whole_dim_causes(slots, table) == []
     first, again = Slot("whole", 1, produces=False), Slot("again", 0, produces=False)
-    assert doomed([*slots, (first, whole), (again, whole)], table) == [(int(a[0]), first)]
+    assert whole_dim_causes([*slots, (first, whole), (again, whole)], table) == [(int(a[0]), first)]

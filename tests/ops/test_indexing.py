@@ -28,7 +28,7 @@ def pick(take: Any, width: int, groups: list[str], name: str, **options: Any) ->
     return Case(name, run, parts, groups, **options)
 
 
-def parted(name: str, first: int, run: Any, groups: list[str], **options: Any) -> Case:
+def split_batch(name: str, first: int, run: Any, groups: list[str], **options: Any) -> Case:
     """Returns a case in which `run` works with the 8 channels of a convolution, `first` of which go into the layer b, the rest into c."""
     parts = {"a": conv(3, 8), "b": conv(first, 4), "c": conv(8 - first, 4), **options.pop("extra", {})}
     return Case(name, lambda m, x: run(m, torch.relu(m.a(x))), parts, groups, **options)
@@ -85,17 +85,17 @@ CASES = [
     pick(lambda _, x: torch.stack([x[:, 7], x[:, 0], x[:, 3].tanh()], 1), 3, [f"5 exact: {A} c.weight/1"],
          "select and stack with another", frozen={"a.weight/0": "picked by a literal position (aten::select)"}),
     pick(lambda _, x: sum(x.unbind(2)).unsqueeze(2).expand(-1, -1, 6, -1), 8, [f"8 exact: {A} b.weight/1 c.weight/1"], "unbind of space"),
-    parted("chunk", 4, lambda m, x: m.b(x.chunk(2, 1)[0]) + m.c(x.chunk(2, 1)[1]), halves(4)),
-    parted("chunk of unequal pieces", 3, lambda m, x: m.b(x.chunk(3, 1)[0]) + m.c(torch.cat(x.chunk(3, 1)[1:], 1)),
+    split_batch("chunk", 4, lambda m, x: m.b(x.chunk(2, 1)[0]) + m.c(x.chunk(2, 1)[1]), halves(4)),
+    split_batch("chunk of unequal pieces", 3, lambda m, x: m.b(x.chunk(3, 1)[0]) + m.c(torch.cat(x.chunk(3, 1)[1:], 1)),
            [f"3 exact: {A} b.weight/1", f"3 exact: {A} c.weight/1", f"2 exact: {A} c.weight/1"]),
-    parted("chunk along a negative dimension", 4, lambda m, x: both(m, x.chunk(2, -3)), halves(4)),
-    parted("split", 3, lambda m, x: both(m, x.split([3, 5], 1)), halves(3), kind="graph"),
-    parted("split into equal pieces", 4, lambda m, x: both(m, x.split(4, 1)), halves(4)),
-    parted("tensor_split", 4, lambda m, x: both(m, torch.tensor_split(x, 2, 1)), halves(4)),
-    parted("tensor_split at places", 3, lambda m, x: both(m, torch.tensor_split(x, [3], 1)), halves(3)),
-    parted("unsafe_split", 4, lambda m, x: both(m, torch.unsafe_split(x, 4, 1)), halves(4)),
-    parted("unsafe_chunk", 4, lambda m, x: both(m, torch.unsafe_chunk(x, 2, 1)), halves(4)),
-    parted("chunk, swap, cat", 4, lambda m, x: m.d(torch.cat(x.chunk(2, 1)[::-1], 1)) + m.b(x[:, 4:]),
+    split_batch("chunk along a negative dimension", 4, lambda m, x: both(m, x.chunk(2, -3)), halves(4)),
+    split_batch("split", 3, lambda m, x: both(m, x.split([3, 5], 1)), halves(3), kind="graph"),
+    split_batch("split into equal pieces", 4, lambda m, x: both(m, x.split(4, 1)), halves(4)),
+    split_batch("tensor_split", 4, lambda m, x: both(m, torch.tensor_split(x, 2, 1)), halves(4)),
+    split_batch("tensor_split at places", 3, lambda m, x: both(m, torch.tensor_split(x, [3], 1)), halves(3)),
+    split_batch("unsafe_split", 4, lambda m, x: both(m, torch.unsafe_split(x, 4, 1)), halves(4)),
+    split_batch("unsafe_chunk", 4, lambda m, x: both(m, torch.unsafe_chunk(x, 2, 1)), halves(4)),
+    split_batch("chunk, swap, cat", 4, lambda m, x: m.d(torch.cat(x.chunk(2, 1)[::-1], 1)) + m.b(x[:, 4:]),
            [f"4 exact: {A} d.weight/1", f"4 exact: {A} b.weight/1 d.weight/1"], extra={"d": conv(8, 4), "c": nn.Identity()}),
     pick(lambda m, x: x.index_select(1, m.table), 4, INNER, "index_select with a buffer", extra={"table": torch.tensor([6, 1, 3, 4])}),
     pick(lambda m, x: x.index_select(-3, m.table), 4, INNER, "index_select, negative dimension", extra={"table": torch.tensor([6, 1, 3,

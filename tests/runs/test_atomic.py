@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from graphprune.runs.atomic import leftovers, replacing
+from graphprune.runs.atomic import atomic, leftovers
 
 
 def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     """Inside the block readers see the old text, behind it the new one, and no other file."""
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text("new")
         assert temporary.suffix == ".csv"
         assert path.read_text() == "old"
@@ -32,9 +32,9 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
         temporary.write_text("new")
         raise ValueError("half")
 
-    with pytest.raises(ValueError, match="half"), replacing(path) as temporary:
+    with pytest.raises(ValueError, match="half"), atomic(path) as temporary:
         half(temporary)
-    with pytest.raises(FileNotFoundError), replacing(path):
+    with pytest.raises(FileNotFoundError), atomic(path):
         pass
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -46,11 +46,11 @@ def test_leftovers_are_those_of_the_dead(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     child = os.fork()
     if not child:
-        with replacing(path) as temporary:
+        with atomic(path) as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     (tmp_path / f".other.{child}.part.safetensors").write_text("of another file")
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text("new")
         assert [found.read_text() for found in leftovers(path)] == ["half"]

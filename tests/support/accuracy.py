@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.cli.demo import BATCH, FINETUNE_LR, LR, Digits, accuracy, build, train
 from graphprune.criteria import CRITERIA, Criterion
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 
 Side: TypeAlias = Literal["graphprune", "torch-pruning"]
 Order: TypeAlias = Literal["even", "global"]
@@ -124,7 +124,7 @@ def trained(folder: Path, settings: Settings, seed: int, data: Digits) -> nn.Mod
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     train(model, data, epochs=settings.epochs, lr=settings.lr, seed=seed)
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         torch.save(model.state_dict(), temporary)
     return model.eval()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 from tests.support.accuracy import OURS, PEER, STAGES, Cell, Method, Order, Record, Settings, identity
 
 FAILED, MISSING = "failed", "-"
@@ -42,7 +42,7 @@ class Results:
         """Keeps a record, in place of an earlier one of the same cell, and writes the file."""
         self._records[_key(record)] = record
         text = "".join(f"{json.dumps(one)}\n" for one in self._records.values())
-        with replacing(self._path) as temporary:
+        with atomic(self._path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def of(self, cell: Cell) -> Record | None:
@@ -225,7 +225,7 @@ class Table:
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="center right", fontsize="small")
         figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
-        with replacing(path) as temporary:
+        with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110)
         plt.close(figure)
 

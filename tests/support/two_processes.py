@@ -14,7 +14,7 @@ import graphprune as gp
 from graphprune.criteria import APoZ, Taylor
 from graphprune.criteria.scoring import score_groups
 from graphprune.criteria.statistics import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
-from graphprune.data.distributed import agreed, summed
+from graphprune.data.distributed import all_reduce_sum, broadcast_from_first
 from graphprune.data.sources import Loader
 from tests.support.operators import Network, conv, filled, normal
 
@@ -72,8 +72,8 @@ def take_part(rank: int, processes: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     try:
         found = statistics(batches()[rank::processes])
-        found["summed"] = summed([torch.arange(3.0) + rank, torch.ones(())])[0]
-        found["agreed"] = torch.from_numpy(agreed(np.arange(3.0, dtype=np.float64) + 0.1 * rank))
+        found["summed"] = all_reduce_sum([torch.arange(3.0) + rank, torch.ones(())])[0]
+        found["agreed"] = torch.from_numpy(broadcast_from_first(np.arange(3.0, dtype=np.float64) + 0.1 * rank))
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from graphprune.runs.atomic import replacing
+from graphprune.runs.atomic import atomic
 from tests.support.torchvision_shim import import_torchvision
 from tests.support.zoo_sources import Blueprint, images
 
@@ -72,7 +72,7 @@ def refresh(say: Callable[[str], None]) -> None:
 def save(version: str, modules: dict[str, dict[str, Any]]) -> None:
     """Writes `SMALLEST`, a line for each module."""
     lines = ",\n".join(f"    {json.dumps(module)}: {json.dumps(entry)}" for module, entry in sorted(modules.items()))
-    with replacing(SMALLEST) as temporary:
+    with atomic(SMALLEST) as temporary:
         temporary.write_text(f'{{\n  "timm": {json.dumps(version)},\n  "modules": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
 
 

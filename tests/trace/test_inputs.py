@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphprune.errors import InputError, TraceError
-from graphprune.trace.inputs import Inputs, normalise, run, undisturbed
+from graphprune.trace.inputs import Inputs, normalise, preserve_state, run
 from tests.support.untouched import changes, snapshot
 
 A, B, C = torch.zeros(2, 3), torch.ones(2, 5), torch.arange(2)
@@ -222,7 +222,7 @@ def test_a_model_is_undisturbed_afterwards(fails: bool) -> None:
     before, own, buffer = snapshot(model), traces(model), model.running
 
     def use() -> None:
-        with undisturbed(model):
+        with preserve_state(model):
             model(torch.rand(2, 1, 4, 4))
             assert model.calls == 1
             if fails:
@@ -254,7 +254,7 @@ def test_the_sequence_of_random_numbers_goes_on() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    with undisturbed(model):
+    with preserve_state(model):
         torch.rand(5)
     assert torch.equal(torch.rand(3), expected)
 
@@ -262,5 +262,5 @@ def test_the_sequence_of_random_numbers_goes_on() -> None:
 def test_lazy_modules_are_refused() -> None:
     """A model whose shapes are not known yet would be changed by its first run."""
     model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(InputError, match=r"'0\.weight' of Sequential has no shape yet\. Run the model once"), undisturbed(model):
+    with pytest.raises(InputError, match=r"'0\.weight' of Sequential has no shape yet\. Run the model once"), preserve_state(model):
         pass

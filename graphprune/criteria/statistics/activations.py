@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphprune.criteria.statistics.following import follow, named
 from graphprune.criteria.statistics.places import Places
-from graphprune.data.distributed import summed
+from graphprune.data.distributed import all_reduce_sum
 from graphprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def observe_activations(model: nn.Module, graph: DependencyGraph, source: Source
         follow(model, inputs, graph.engine.program, look)
 
     source.inputs(model, visit)
-    totals = dict(zip(sums, (t.cpu() for t in summed([total.sums for total in sums.values()])), strict=True))
+    totals = dict(zip(sums, (t.cpu() for t in all_reduce_sum([total.sums for total in sums.values()])), strict=True))
     return {g.name: [_observed(g, node, places, totals) for node in shown[g.name]] for g in graph.groups}
 
 

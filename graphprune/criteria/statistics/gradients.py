@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.data.distributed import summed
+from graphprune.data.distributed import all_reduce_sum
 from graphprune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def gradients(scalar: Tensor, tensors: Mapping[str, Tensor], *, create_graph: bo
 def averaged(sums: Mapping[str, Tensor], batches: int) -> dict[str, Tensor]:
     """Returns sums over the batches of all processes, divided by how many there were."""
     count = torch.tensor(float(batches), dtype=torch.float64)
-    *totals, batch_total = summed([*sums.values(), count])
+    *totals, batch_total = all_reduce_sum([*sums.values(), count])
     return {name: total / batch_total.item() for name, total in zip(sums, totals, strict=True)}
 
 

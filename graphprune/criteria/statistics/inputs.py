@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphprune.criteria.statistics.following import follow, name
 from graphprune.criteria.statistics.gradients import named, precise
-from graphprune.data.distributed import summed
+from graphprune.data.distributed import all_reduce_sum
 from graphprune.groups.propagate import operators
 from graphprune.ops.registry import named_arguments
 
@@ -99,7 +99,7 @@ def observe_inputs(model: nn.Module, graph: DependencyGraph, parameters: Iterabl
         follow(model, inputs, program, look)
 
     source.inputs(model, visit)
-    totals = dict(zip(products, summed([squares[node] for node in products]), strict=True))
+    totals = dict(zip(products, all_reduce_sum([squares[node] for node in products]), strict=True))
     out: dict[str, Tensor] = {}
     for node, product in products.items():
         tensor = tensors[product.parameter]
