@@ -99,7 +99,7 @@ class _System:
     # -- reading -----------------------------------------------------------------------------------------------------------------
 
     def _sorted_out(self, found: Sequence[Demand]) -> tuple[list[tuple[Expression | int, Expression | int, bool]], set[int]]:
-        """Returns equations with whether they are required, and the groups that stay whole: those of required demands that are no equations."""
+        """Returns equations with whether they are required, and the groups that stay whole (of required demands that are no equations)."""
         usable, whole = [], set()
         for d in found:
             target = _target(d)
