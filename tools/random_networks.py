@@ -75,7 +75,7 @@ def one(expression: str) -> int:
     try:
         drawn = again(expression)
     except Exception as error:  # noqa: BLE001 (the expression is the user's)
-        print(f"error: this is no description of a network: {error}", file=sys.stderr)
+        print(f"error: this is no description of a network: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     tally = Tally()
     try:
