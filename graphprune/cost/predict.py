@@ -17,6 +17,7 @@ import numpy as np
 from graphprune.cost.count import Cost, count
 from graphprune.data.sources import generators_kept
 from graphprune.ops.registry import Value, named_arguments
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,7 +140,7 @@ def _multiplications(graph: DependencyGraph) -> list[tuple[str, Dims]]:
         if formula is not None:
             arguments = {name: _value(a, values) for name, a in named_arguments(node.target, node.args, node.kwargs).items()}
             first = result[0] if isinstance(result, list) else result
-            out += [(node.meta["module"], dims) for dims in formula(arguments, first)]
+            out += [(info(node).module, dims) for dims in formula(arguments, first)]
     return out
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.ops.registry import Why
 from graphprune.trace.data_dependent import decisions_of
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from torch import fx
@@ -25,7 +26,7 @@ def freeze_decided(analysis: Analysis, program: Program) -> None:
     """
     seen: set[fx.Node] = set()
     for node in decisions_of(program, ("number", "size")):
-        decides = "is read as a Python number" if node.meta["decides"] == "number" else "decides a size"
+        decides = "is read as a Python number" if info(node).decides == "number" else "decides a size"
         todo = list(node.all_input_nodes)
         while todo:
             current = todo.pop()
@@ -40,5 +41,5 @@ def _freeze_statistics(node: fx.Node, text: str, analysis: Analysis) -> None:
     notes = analysis.notes.get(node)
     for labels in notes.statistics if notes is not None else ():
         target: Any = node.target
-        analysis.reasons.append(Why(text, target._schema.name, node.meta["module"], _REMEDY))  # noqa: SLF001
+        analysis.reasons.append(Why(text, target._schema.name, info(node).module, _REMEDY))  # noqa: SLF001
         analysis.table.freeze(labels, len(analysis.reasons) - 1)

@@ -9,6 +9,7 @@ import numpy as np
 from graphprune.groups.graph import Frozen, Group
 from graphprune.ops.labels import NO_REASON, Ids
 from graphprune.ops.registry import UNBOUND
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from torch import fx
@@ -73,7 +74,7 @@ def _first_users(analysis: Analysis) -> dict[str, tuple[str, str]]:
             target: Any = node.target
             for source in node.all_input_nodes:
                 if source.op == "get_attr":
-                    out.setdefault(str(source.target), (target._schema.name, node.meta["module"]))  # noqa: SLF001 (documented)
+                    out.setdefault(str(source.target), (target._schema.name, info(node).module))  # noqa: SLF001 (documented)
     return out
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphprune.trace.data_dependent import decision
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from torch import fx
@@ -27,10 +28,10 @@ class RandomBranches:
 
     def __call__(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one operator."""
-        if node.meta.get("whole"):
+        if info(node).whole:
             return args[0]
         result = func(*args, **kwargs)
-        kind = decision(func, args, kwargs, result, constant=node.meta["constant"])
+        kind = decision(func, args, kwargs, result, constant=info(node).constant)
         if kind == "number":
             return self._number(result)
         if kind != "step" or func._schema.is_mutable:  # noqa: SLF001

@@ -16,6 +16,7 @@ from graphprune.groups.graph import Unknown
 from graphprune.ops.labels import Dim, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Notes, Op, Value, Why
 from graphprune.trace.probe import REMEDY, probe
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from torch import fx
@@ -68,7 +69,7 @@ class Analysis:
 
 def operators(program: Program) -> Iterator[fx.Node]:
     """Returns the operators of a recording, in order."""
-    return (n for n in program.graph.nodes if n.op == "call_function" and "constant" in n.meta and hasattr(n.target, "_schema"))
+    return (n for n in program.graph.nodes if n.op == "call_function" and info(n).operator and hasattr(n.target, "_schema"))
 
 
 def label(program: Program) -> Analysis:
@@ -100,14 +101,14 @@ def _freeze_filling(analysis: Analysis) -> None:
     owned = np.concatenate([analysis.table.expand(labels)[1] for labels in kept]) if kept else np.zeros(0, dtype=np.int64)
     for node, dims in analysis.open.items():
         target: Any = node.target
-        analysis.reasons.append(Why("repeats one value that no layer computes", target._schema.name, node.meta["module"]))  # noqa: SLF001
+        analysis.reasons.append(Why("repeats one value that no layer computes", target._schema.name, info(node).module))  # noqa: SLF001
         for d in dims:
             causes = np.unique(analysis.table.expand(analysis.values[node].labels[d])[1])
             analysis.table.freeze(causes[~np.isin(causes, owned)], len(analysis.reasons) - 1)
 
 
 def _wide_open(nodes: Iterable[fx.Node]) -> dict[fx.Node, frozenset[int]]:
-    return {n: frozenset(range(len(n.meta["shapes"][0]))) for n in nodes}
+    return {n: frozenset(range(len(info(n).shapes[0]))) for n in nodes}
 
 
 def _labelled(program: Program, open_: dict[fx.Node, frozenset[int]]) -> Analysis:
@@ -147,27 +148,27 @@ def extend(analysis: Analysis, program: Program) -> None:
 
 
 def _input(node: fx.Node) -> Value | None:
-    shapes = node.meta["shapes"]
+    shapes = info(node).shapes
     return Value(shapes[0], [None] * len(shapes[0]), node.name, boolean=_is_boolean(node)) if shapes else None
 
 
 def _is_boolean(node: fx.Node) -> bool:
-    return node.meta.get("dtype") is torch.bool
+    return info(node).dtype is torch.bool
 
 
 def _tensor(node: fx.Node, analysis: Analysis, program: Program) -> Value:
-    name, shape = str(node.target), node.meta["shapes"][0]
+    name, shape = str(node.target), info(node).shapes[0]
     if name in analysis.parameters:
         return analysis.parameters[name]
     if name in program.parameters:
         value = Value(shape, [UNBOUND] * len(shape), name, parameter=True, zero=True)
         analysis.parameters[name] = value
         return value
-    return Value(shape, [None] * len(shape), name, constant=True, tensor=node.meta.get("tensor"), boolean=_is_boolean(node))
+    return Value(shape, [None] * len(shape), name, constant=True, tensor=info(node).tensor, boolean=_is_boolean(node))
 
 
 def _item(node: fx.Node, analysis: Analysis) -> Value | None:
-    if node.meta.get("placeholder"):
+    if info(node).placeholder:
         return _input(node)
     source: Any = node.args[0]
     position: Any = node.args[1]
@@ -199,7 +200,7 @@ def _freeze_outputs(node: fx.Node, analysis: Analysis) -> None:
 def _flat_nodes(node: fx.Node) -> Iterable[fx.Node]:
     """Returns the tensor nodes that an output or a rebuilt structure refers to."""
     for source in node.all_input_nodes:
-        if source.op == "call_function" and not source.meta.get("shapes") and not isinstance(source.target, torch._ops.OpOverload):  # noqa: SLF001
+        if source.op == "call_function" and not info(source).shapes and not isinstance(source.target, torch._ops.OpOverload):  # noqa: SLF001
             yield from _flat_nodes(source)
         else:
             yield source
@@ -209,9 +210,9 @@ def _apply_rule(node: fx.Node, analysis: Analysis, memory: Memory) -> None:
     target: Any = node.target
     op = Op(
         name=target._schema.name,  # noqa: SLF001 (the schema is the documented identity of an overload)
-        module=node.meta["module"],
+        module=info(node).module,
         arguments=_arguments(node, analysis),
-        outputs=node.meta["shapes"],
+        outputs=info(node).shapes,
         table=analysis.table,
         reasons=analysis.reasons,
         unbound=analysis.unbound,
@@ -257,12 +258,12 @@ def _overwrite(value: Value | list[Value] | None, written: Value | list[Value]) 
 
 def _probed(op: Op, node: fx.Node, analysis: Analysis) -> Any:
     """Returns the labels that running an operator without a rule shows; it is declined where that shows nothing."""
-    found = probe(op, node.meta.get("recorded"))
+    found = probe(op, info(node).recorded)
     if found is None:
         return op.decline("has no rule")
     if op.frozen_causes:
         _note_unknown(op, analysis)
-    return found[0] if len(op.outputs) == 1 and "dtype" in node.meta else found
+    return found[0] if len(op.outputs) == 1 and info(node).dtype is not None else found
 
 
 def _freeze_single(op: Op, labels: Any) -> None:
@@ -311,10 +312,10 @@ def _arguments(node: fx.Node, analysis: Analysis) -> dict[str, Any]:
 def _outputs(node: fx.Node, op: Op, labels: Any) -> Any:
     values = op.values()
     zero = op.zero if op.zero is not None else bool(values) and all(v.zero for v in values)
-    constant = op.constant or bool(node.meta.get("constant"))
+    constant = op.constant or bool(info(node).constant)
     pieces: list[Any] = [*op.pieces] or [None] * len(op.outputs)
-    if len(op.outputs) == 1 and "dtype" in node.meta:
-        tensor, boolean = node.meta.get("tensor"), _is_boolean(node)
+    if len(op.outputs) == 1 and info(node).dtype is not None:
+        tensor, boolean = info(node).tensor, _is_boolean(node)
         return Value(op.outputs[0], labels, node.name, constant, tensor, zero=zero, boolean=boolean, piece=pieces[0])
     if len(op.outputs) == 1 and not (labels and isinstance(labels[0], list)):  # a list of one tensor, by a rule that spoke of the tensor
         labels = [labels]

@@ -17,6 +17,7 @@ from graphprune.criteria.statistics.following import name, named
 from graphprune.groups.propagate import operators
 from graphprune.ops.registry import named_arguments
 from graphprune.repair.report import LeftAlone
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,7 +119,7 @@ def readers(graph: DependencyGraph, masks: Masks) -> tuple[list[Reader], list[Le
     flowing = _flowing(program.graph)
     found: list[tuple[int, Reader | LeftAlone]] = []
     for node in program.graph.nodes:
-        if node.op == "get_attr" and str(node.target) in positions and len(node.meta["shapes"][0]) > 1:
+        if node.op == "get_attr" and str(node.target) in positions and len(info(node).shapes[0]) > 1:
             uses = sorted(_uses(node, flowing), key=lambda pair: order[pair[1]])
             made = _reader(node, uses, graph, positions) if any(name(user) in _MULTIPLYING for _, user in uses) else None
             if made is not None:
@@ -162,8 +163,8 @@ def _reader(node: fx.Node, uses: list[tuple[fx.Node, fx.Node]], graph: Dependenc
     reasons = [c for c in parsed if isinstance(c, str)]
     if len({(c.kind, c.outputs_first, c.groups) for c in calls}) > 1:
         reasons.append("is called in several ways that read its weight differently")
-    if not node.meta["dtype"].is_floating_point:
-        reasons.append(f"has a weight of type {str(node.meta['dtype']).removeprefix('torch.')}")
+    if not info(node).is_floating:
+        reasons.append(f"has a weight of type {str(info(node).dtype).removeprefix('torch.')}")
     layer = parameter.rpartition(".")[0] or parameter
     if reasons:
         return LeftAlone(layer, reasons[0])
@@ -201,7 +202,7 @@ def _call(parameter: fx.Node, given: fx.Node, user: fx.Node) -> Call | str:
     straight = given is parameter
     if not straight and not (operator in _MATRICES and _is_turned(given, parameter)):
         return f"gives {named(user)} a weight that is computed from its parameters, by {named(given)}"
-    if arguments.get(weight) is not given or arguments.get(source) is given or len(parameter.meta["shapes"][0]) < 2:
+    if arguments.get(weight) is not given or arguments.get(source) is given or len(info(parameter).shapes[0]) < 2:
         return f"has its weight as the first factor of {named(user)}"
     if arguments.get("alpha", 1) != 1 or arguments.get("beta", 1) != 1:
         return f"is scaled in {named(user)}"
@@ -215,7 +216,7 @@ def _call(parameter: fx.Node, given: fx.Node, user: fx.Node) -> Call | str:
 
 def _is_turned(given: fx.Node, parameter: fx.Node) -> bool:
     """Returns whether a tensor is the transpose of a matrix that is a parameter."""
-    if given.all_input_nodes != [parameter] or len(parameter.meta["shapes"][0]) != 2:
+    if given.all_input_nodes != [parameter] or len(info(parameter).shapes[0]) != 2:
         return False
     operator, arguments = name(given), list(given.args[1:])
     turns = operator == "aten::transpose" and arguments in ([0, 1], [1, 0], [-1, -2], [-2, -1])
@@ -230,4 +231,4 @@ def _bias(calls: list[Call], shape: tuple[int, ...], graph: DependencyGraph) -> 
         return None
     outputs = shape[0] if first.outputs_first else shape[1] * first.groups
     target = str(bias.target)
-    return target if graph.shapes.get(target) == (outputs,) and bias.meta["dtype"].is_floating_point else None
+    return target if graph.shapes.get(target) == (outputs,) and info(bias).is_floating else None

@@ -21,6 +21,7 @@ from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Value, named_arguments
 from graphprune.sizes.attributes import tracked_attributes
 from graphprune.sizes.expressions import Arithmetic, Expression, Extent, Tracked, Trail, combined, expression_of
+from graphprune.trace.program import info
 from graphprune.trace.recorder import node_behind, record
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def demands(model: nn.Module, analysis: Analysis) -> list[Demand]:
     else:
         return []
     out = [d for node, integers in zip(nodes, calls, strict=True) for d in _of_call(node, integers, analysis)]
-    paths = [n.meta["module"] for n in nodes] or [""]
+    paths = [info(n).module for n in nodes] or [""]
     for c in trail.comparisons:
         code = Arithmetic(c.function, c.left, c.right, int(c.outcome))
         out.append(Demand(code, None, code.old, paths[min(c.moment, len(paths) - 1)], "a comparison", required=False))
@@ -106,7 +107,7 @@ def _of_call(node: fx.Node, integers: list[int], analysis: Analysis) -> Iterator
     notes = analysis.notes[node]
     target: Any = node.target
     name = target._schema.name.removeprefix("aten::")  # noqa: SLF001 (the schema is documented)
-    module = node.meta["module"]
+    module = info(node).module
     counted: set[int] = set()
     for path, labels in notes.extents.items():
         position = _position(node, integers, path, int(labels.size))

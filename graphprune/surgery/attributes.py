@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from graphprune.ops.registry import Value
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,7 +99,7 @@ def set_attributes(model: nn.Module, removal: Removal) -> None:
 def _set_without_tensors(modules: Mapping[str, nn.Module], removal: Removal) -> None:
     """Tells norms that have no tensors of their own how many channels enter them now."""
     for node, values in removal.analysis.values.items():
-        module: Any = modules.get(node.meta.get("module", ""))
+        module: Any = modules.get(info(node).module)
         name = "num_features" if isinstance(module, _NormBase) else "num_channels" if isinstance(module, nn.GroupNorm) else ""
         value = values[0] if isinstance(values, list) and values else values
         if name and isinstance(value, Value) and len(value.shape) > 1 and value.shape[1] == getattr(module, name):
@@ -122,7 +123,7 @@ def argument_values(removal: Removal) -> dict[str, dict[str, Any]]:
         for path, labels in notes.extents.items():
             if path[0] in ARGUMENTS and removal.loses(labels):
                 new = removal.count(labels)
-                values = out.setdefault(node.meta["module"], {})
+                values = out.setdefault(info(node).module, {})
                 if len(path) == 1:
                     values[str(path[0])] = new
                 else:
@@ -136,7 +137,7 @@ def argument_values(removal: Removal) -> dict[str, dict[str, Any]]:
 def explained(removal: Removal, path: Mapping[str, nn.Module]) -> bool:
     """Returns whether every integer that must change belongs to a layer's own attributes (no size literal anywhere else)."""
     for node, notes in removal.analysis.notes.items():
-        own = isinstance(path.get(node.meta["module"]), (*(kind for kind, _ in SHAPES), nn.LayerNorm, nn.RMSNorm))
+        own = isinstance(path.get(info(node).module), (*(kind for kind, _ in SHAPES), nn.LayerNorm, nn.RMSNorm))
         for where, labels in notes.extents.items():
             if removal.loses(labels) and not (own and where[0] in ARGUMENTS):
                 return False

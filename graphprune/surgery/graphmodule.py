@@ -18,6 +18,7 @@ from graphprune.errors import GraphPruneError, InputError, VerificationError
 from graphprune.groups.build import analyse, gather
 from graphprune.surgery.rewriting import Call, Removal, rewrite
 from graphprune.trace.data_dependent import decisions_of
+from graphprune.trace.program import info
 from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
@@ -68,10 +69,10 @@ def why_none(program: Program) -> str:
     for node in decisions_of(program, ("number", "size")):
         target: Any = node.target
         name = target._schema.name.removeprefix("aten::")  # noqa: SLF001 (the schema is documented)
-        where = f"({name} in {node.meta['module'] or 'the model itself'})"
-        if node.meta["decides"] == "size":
+        where = f"({name} in {info(node).place})"
+        if info(node).decides == "size":
             return f"values decide a size, and a graph has the sizes of the example inputs {where}"
-        if not isinstance(node.meta.get("value"), (bool, int, torch.Tensor)):
+        if not isinstance(info(node).value, (bool, int, torch.Tensor)):
             return f"Python reads a number from a tensor, and a graph would repeat the one of the example inputs {where}"
     return ""
 
@@ -155,7 +156,7 @@ def _numbers(program: Program) -> list[object]:
     for node in program.graph.nodes:
         if node.op == "call_function":
             out += [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, (bool, float, complex))]
-            value = node.meta.get("value") if node.meta.get("decides") == "number" else None
+            value = info(node).value if info(node).decides == "number" else None
             out.append(value.tolist() if isinstance(value, torch.Tensor) else value)
     return out
 
@@ -217,8 +218,8 @@ class _Writer:
             return
         batch = self.removal.analysis.program.inputs.batch
         for node in nodes:
-            if (node.op == "placeholder" or node.meta.get("placeholder")) and node.meta["shapes"]:
-                shape = node.meta["shapes"][0]
+            if (node.op == "placeholder" or info(node).placeholder) and info(node).shapes:
+                shape = info(node).shapes[0]
                 if node.op != "placeholder":
                     for n in [*node.all_input_nodes, node]:
                         if n not in self.nodes:
@@ -228,13 +229,13 @@ class _Writer:
                     return
 
     def _call(self, node: fx.Node) -> fx.Node | None:
-        if "value" in node.meta:
+        if info(node).reads:
             return self._number(node)
         drawn = any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
-        if drawn and node.meta.get("tensor") is not None:
-            return self._map(node.meta["tensor"])  # type: ignore[no-any-return]
+        if drawn and info(node).tensor is not None:
+            return self._map(info(node).tensor)  # type: ignore[no-any-return]
         if drawn:
-            where = node.meta["module"] or "the model itself"
+            where = info(node).module or "the model itself"
             raise VerificationError(f"a GraphModule cannot hold the generator of random numbers that {where} draws from", _REMEDY)
         call, _ = rewrite(node, self.removal)
         arguments = call.arguments
@@ -247,18 +248,18 @@ class _Writer:
             arguments[_FLAGS[name]] = self._training(arguments[_FLAGS[name]], name)
         args, kwargs = Call(call.target, arguments).split()
         made = self.graph.call_function(call.target, args, kwargs)
-        made.meta["module"] = node.meta["module"]
+        made.meta["module"] = info(node).module
         return made
 
     def _number(self, node: fx.Node) -> fx.Node | None:
         """Writes a number that Python reads: read again, and held against the recording; nothing where it is always the same."""
-        if node.meta["decides"] != "number":
+        if info(node).decides != "number":
             return None
         target: Any = node.target
         args, kwargs = self._map(node.args), self._map(dict(node.kwargs))
-        read = args[0] if node.meta.get("whole") else self.graph.call_function(target, args, kwargs)
-        place = f"{target._schema.name.removeprefix('aten::')} in {node.meta['module'] or 'the model itself'}"  # noqa: SLF001
-        return self.graph.call_function(same_as_recorded, (read, self._map(node.meta["value"]), place))
+        read = args[0] if info(node).whole else self.graph.call_function(target, args, kwargs)
+        place = f"{target._schema.name.removeprefix('aten::')} in {info(node).place}"  # noqa: SLF001
+        return self.graph.call_function(same_as_recorded, (read, self._map(info(node).value), place))
 
     def _training(self, recorded: object, name: str) -> Any:
         """Batch norm and dropout follow the module's own training flag (instance norm: only where it tracks statistics)."""

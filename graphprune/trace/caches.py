@@ -11,12 +11,10 @@ from torch import nn
 
 from graphprune.trace.inputs import preserve_state
 from graphprune.trace.meta_device import shapes_suffice
+from graphprune.trace.program import Where
 
 if TYPE_CHECKING:
     from graphprune.trace.inputs import Inputs
-
-Where = tuple[str, str]
-"""Module path and attribute name."""
 
 
 def caches(model: nn.Module, inputs: Inputs) -> list[Where]:
@@ -39,17 +37,23 @@ def caches(model: nn.Module, inputs: Inputs) -> list[Where]:
 
 
 @contextmanager
-def without_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Empties a model's caches inside the block; whoever calls this puts them back, as `preserve_state` does."""
-    clear(model, caches(model, inputs))
-    yield
+def without_caches(model: nn.Module, inputs: Inputs, known: list[Where] | None = None) -> Iterator[list[Where]]:
+    """Empties a model's caches inside the block, and says where they are; whoever calls this puts them back, as `preserve_state` does.
+
+    Args:
+        model: any module.
+        inputs: to try the model on.
+        known: where the caches are, if that has been found out before.
+    """
+    held = caches(model, inputs) if known is None else known
+    clear(model, held)
+    yield held
 
 
 def clear(model: nn.Module, places: list[Where]) -> None:
     """Empties caches."""
-    modules = dict(model.named_modules())
     for path, name in places:
-        vars(modules[path])[name].clear()
+        vars(model.get_submodule(path))[name].clear()
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[Where, dict[Any, Any]]]:

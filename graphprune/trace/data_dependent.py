@@ -7,19 +7,18 @@ decision is refused, and a verification lets both of its runs decide alike.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graphprune.ops.registry import named_arguments
 from graphprune.trace.inputs import tensors_in
+from graphprune.trace.program import Kind, info
 
 if TYPE_CHECKING:
     from torch import fx
 
     from graphprune.trace.program import Program
-
-Kind: TypeAlias = Literal["", "number", "size", "step", "random"]
 
 _NUMBERS = frozenset({"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::allclose", "aten::is_same_size"})
 _STEPS = frozenset(
@@ -73,18 +72,18 @@ def rounds_matter(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def is_delicate(program: Program) -> bool:
     """Returns whether rounding or random numbers may change which values a program computes."""
-    return any(node.meta.get("delicate") for node in program.graph.nodes)
+    return any(info(node).delicate for node in program.graph.nodes)
 
 
 def decisions_of(program: Program, kinds: tuple[Kind, ...]) -> list[fx.Node]:
     """Returns the operators of a program that take decisions of these kinds."""
-    return [node for node in program.graph.nodes if node.meta.get("decides") in kinds]
+    return [node for node in program.graph.nodes if info(node).decides in kinds]
 
 
 def operators_of(program: Program) -> list[tuple[object, ...]]:
     """Returns a program's operators with the modules that ran them and the parameters that they read: equal where the paths are."""
-    calls = (n for n in program.graph.nodes if n.op == "call_function" and "decides" in n.meta)
-    return [(n.target, n.meta["module"], *(a.target for a in n.all_input_nodes if a.op == "get_attr")) for n in calls]
+    calls = (n for n in program.graph.nodes if n.op == "call_function" and info(n).operator)
+    return [(n.target, info(n).module, *(a.target for a in n.all_input_nodes if a.op == "get_attr")) for n in calls]
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphPruneError, InputError
+from graphprune.trace.members import Members
 
 _FORMS = "Pass a tensor, a tuple of positional arguments, a dict of keyword arguments, or (args, kwargs)"
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})  # exactly these: subclasses may refuse to be refilled
@@ -191,7 +192,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 @contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module, members: Members | None = None) -> Iterator[None]:
     """Lets the model run in inference mode inside the block, and puts everything back that a run may change.
 
     Inside, all modules have ``training = False`` (set directly: some models' own `train` rewrites weights) and no gradients are
@@ -199,34 +200,47 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     lists, dicts and sets), values of buffers and of tensors that are plain attributes, and PyTorch's random number generators.
     Not covered: parameters written in place, containers nested deeper, and random numbers from elsewhere.
 
+    Args:
+        model: any module.
+        members: its modules and tensors, if they have been gathered already.
+
     Raises:
         InputError: if the model has lazy modules that do not know their shapes yet.
     """
-    _require_initialised(model)
-    modules = list(model.modules())
+    members = members or Members.of(model)
+    _require_initialised(model, members)
+    modules = members.distinct
     flags = [(module, module.training) for module in modules]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
     values = [value for _, saved in attributes for value in saved.values()]
     containers = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
-    state = [*model.buffers(), *(value for value in values if isinstance(value, Tensor))]
+    buffers = list({id(tensor): tensor for _, tensor in members.buffers}.values())
+    state = [*buffers, *(value for value in values if isinstance(value, Tensor))]
     tensors = [(tensor, tensor.detach().clone()) for tensor in state]
-    gpus = sorted({tensor.device.index for tensor in [*model.parameters(), *state] if tensor.device.type == "cuda"})
+    gpus = sorted({tensor.device.index for tensor in [*(p for _, p in members.parameters), *state] if tensor.device.type == "cuda"})
     with torch.random.fork_rng(devices=gpus), torch.no_grad():
         try:
-            for module in modules:
-                module.training = False
+            set_training(modules, training=False)
             yield
         finally:
             for current, saved in attributes:
                 _refill(current, saved)
             for container, saved_contents in containers:
-                _refill(container, saved_contents)
+                if container or saved_contents:  # most are the hooks of modules, of which there are none
+                    _refill(container, saved_contents)
             for module, flag in flags:
                 if module.training != flag:  # a scripted module keeps its flag outside its attributes
                     module.training = flag
             for tensor, value in tensors:
                 if tensor.device.type != "meta" and not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def set_training(modules: Iterable[nn.Module], *, training: bool) -> None:
+    """Sets the training flag of modules, directly: some models' own `train` rewrites weights."""
+    for module in modules:
+        if module.training != training:
+            module.training = training
 
 
 def _refill(container: dict[Any, Any] | list[Any] | set[Any], contents: Any) -> None:
@@ -238,9 +252,9 @@ def _refill(container: dict[Any, Any] | list[Any] | set[Any], contents: Any) -> 
         container.update(contents)
 
 
-def _require_initialised(model: nn.Module) -> None:
+def _require_initialised(model: nn.Module, members: Members) -> None:
     """Raises if a lazy module has not seen an input yet: a first run would shape it, which no look at a model may do."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in members.tensors:
         if is_lazy(tensor):
             raise InputError(f"{name!r} of {type(model).__name__} has no shape yet", "Run the model once to initialise its lazy modules")
 

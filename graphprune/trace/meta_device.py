@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import InputError, TraceError
+from graphprune.trace.members import Members
 
 if TYPE_CHECKING:
     from torch import fx
@@ -47,8 +48,8 @@ _REMEDY = (
 )
 
 
-def _has_meta(model: nn.Module, inputs: Iterable[Tensor]) -> bool:
-    return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers(), *inputs])
+def _has_meta(members: Members, inputs: Iterable[Tensor]) -> bool:
+    return any(tensor.is_meta for _, tensor in members.tensors) or any(tensor.is_meta for tensor in inputs)
 
 
 def require_values(model: nn.Module, purpose: str) -> None:
@@ -61,7 +62,12 @@ def require_values(model: nn.Module, purpose: str) -> None:
     Raises:
         InputError: some parameter or buffer is on the meta device.
     """
-    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    refuse_meta(model, Members.of(model).tensors, purpose)
+
+
+def refuse_meta(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], purpose: str) -> None:
+    """Raises unless all of a model's tensors, given by name, have values; see `require_values`."""
+    empty = [name for name, tensor in tensors if tensor.is_meta]
     if empty:
         which = f"{empty[0]!r}" + (f" and {len(empty) - 1} more tensors" if len(empty) > 1 else "")
         what = f"{purpose} needs the values of {which} of {type(model).__name__}, but on the meta device there are none"
@@ -204,13 +210,12 @@ class MetaExecutor:
 
     @staticmethod
     def running(
-        model: nn.Module, inputs: list[Tensor], node_of: Callable[[Tensor], fx.Node], place: Callable[[], str]
+        members: Members, inputs: list[Tensor], node_of: Callable[[Tensor], fx.Node], place: Callable[[], str]
     ) -> MetaExecutor | None:
         """Returns what calls the operators while a model is recorded: None for a model and inputs that have values."""
-        if not _has_meta(model, inputs):
+        if not _has_meta(members, inputs):
             return None
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return MetaExecutor({name for name, tensor in named if tensor.is_meta}, node_of, place)
+        return MetaExecutor({name for name, tensor in members.tensors if tensor.is_meta}, node_of, place)
 
     def operator(self, func: Any) -> Any:
         """Returns an operator with the attributes of `func` that is called through this object."""
@@ -291,7 +296,7 @@ class _Operator:
 def shapes_suffice(model: nn.Module, inputs: Iterable[Tensor]) -> Iterator[None]:
     """Lets a model that is partly or wholly on the meta device run on inputs that have values; does nothing for any other model."""
     tensors = list(inputs)
-    if _has_meta(model, tensors):
+    if _has_meta(Members.of(model), tensors):
         try:
             with _Literals(), _Running():
                 yield

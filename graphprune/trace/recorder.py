@@ -25,16 +25,18 @@ from graphprune.ops import rule_for
 from graphprune.trace.caches import without_caches
 from graphprune.trace.contexts import below_autograd, module_paths, values_taken, whole_attention
 from graphprune.trace.data_dependent import decision, rounds_matter, sized_by
-from graphprune.trace.inputs import Inputs, argument_names, cannot_run, map_outputs, normalise, place, preserve_state
+from graphprune.trace.inputs import Inputs, argument_names, cannot_run, map_outputs, normalise, place, preserve_state, set_training
+from graphprune.trace.members import Members
 from graphprune.trace.meta_device import PYTHON, MetaExecutor, is_about_values, literals, unreadable
+from graphprune.trace.outputs import output_tensors
 from graphprune.trace.probe import Recorded
-from graphprune.trace.program import Program
+from graphprune.trace.program import NodeInfo, Program, Where, append_node, info, set_info
 
 _NODE = "_graphprune_node"
 
 
 Runner: TypeAlias = Callable[[fx.Node, Any, tuple[Any, ...], dict[str, Any]], Any]
-"""From a node and the operator's arguments to its result (for `meta["whole"]`, the tensor whose values Python takes)."""
+"""From a node and the operator's arguments to its result (where `NodeInfo.whole` is set, the tensor whose values Python takes)."""
 
 
 def record(
@@ -44,8 +46,8 @@ def record(
     training: bool = False,
     on_value: Callable[[fx.Node, torch.Tensor], None] | None = None,
     on_call: Callable[[], None] | None = None,
-    on_output: Callable[[object], None] | None = None,
     runner: Runner | None = None,
+    caches: list[Where] | None = None,
 ) -> Program:
     """Records one forward pass of `model` in eval mode.
 
@@ -55,8 +57,8 @@ def record(
         training: record what a training pass does instead (auxiliary heads run only then).
         on_value: called with every node and the tensor it produced (for diagnosis).
         on_call: called after every operator that was recorded.
-        on_output: called with what the model returned.
         runner: runs the operators in PyTorch's place.
+        caches: where the model keeps tensors of earlier runs, if that is known; found by trying otherwise.
 
     Raises:
         InputError: there are no inputs, or the model's own forward raises on them.
@@ -64,12 +66,12 @@ def record(
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    with preserve_state(model), without_caches(model, inputs), whole_attention(), below_autograd():
-        recorder = _Recorder(model, inputs, on_value, on_call)
+    members = Members.of(model)
+    with preserve_state(model, members), without_caches(model, inputs, caches) as emptied, whole_attention(), below_autograd():
+        recorder = _Recorder(model, inputs, members, on_value, on_call)
         recorder.runner = runner
         args, kwargs = recorder.bind_inputs()
-        for module in model.modules():
-            module.training = training
+        set_training(members.distinct, training=training)
         try:
             with (
                 module_paths(recorder.paths, recorder.entered, recorder.left),
@@ -84,26 +86,30 @@ def record(
             if recorder.weightless is not None and is_about_values(error):
                 raise unreadable(PYTHON, place(recorder.failed_in(error)), "") from error
             raise cannot_run(model, inputs, error, recorder.failed_in(error)) from error
-        if on_output is not None:
-            on_output(output)
         recorder.finish(output)
-    return recorder.program()
+    return recorder.program(emptied)
 
 
 class _Recorder(TorchDispatchMode):
     """Turns every operator that passes into a node."""
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs, on_value: Callable[[fx.Node, torch.Tensor], None] | None, on_call: Callable[[], None] | None
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        members: Members,
+        on_value: Callable[[fx.Node, torch.Tensor], None] | None,
+        on_call: Callable[[], None] | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.inputs = inputs
+        self.outputs: list[torch.Tensor] = []
         self.graph = fx.Graph()
         self.stack: list[str] = []
         self.ran: dict[str, None] = {}
-        self.modules = dict(model.named_modules())
-        self.paths = {id(m): n for n, m in reversed(list(self.modules.items()))}
+        self.modules = members.first_names
+        self.paths = {id(m): n for n, m in self.modules.items()}
         self.constants: dict[str, torch.Tensor] = {}
         self.on_value = on_value
         self.on_call = on_call
@@ -114,18 +120,23 @@ class _Recorder(TorchDispatchMode):
         self._marked: list[weakref.ref[torch.Tensor]] = []
         self._failure: tuple[int, str] = (0, "")
         self._last_read: fx.Node | None = None
-        self._register_tensors(model)
-        self.weightless = MetaExecutor.running(model, inputs.tensors(), self.node_of, lambda: place(self.stack[-1] if self.stack else ""))
+        self._last_input: fx.Node | None = None
+        self._register_tensors(members)
+        self.weightless = MetaExecutor.running(members, inputs.tensors(), self.node_of, lambda: place(self.stack[-1] if self.stack else ""))
 
     # -- inputs, parameters, outputs ---------------------------------------------------------------------------------------------
 
-    def _register_tensors(self, model: nn.Module) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Returns False: wrapping the dispatch against compilation would import the compiler, for nothing: nothing is compiled here."""
+        return False
+
+    def _register_tensors(self, members: Members) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.aliases: dict[str, str] = {}
         self.parameters: set[str] = set()
         storages: dict[tuple[Any, Any], str] = {}
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        for name, tensor in named:
+        for name, tensor in members.tensors:
             known = self._external.get(id(tensor))
             if known is None and not tensor.is_meta and tensor.numel():
                 key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
@@ -151,14 +162,16 @@ class _Recorder(TorchDispatchMode):
         for name, value in zip(names, [*args, *kwargs.values()], strict=True):
             literal = isinstance(value, (int, float, bool, str, type(None)))
             node = self.graph.placeholder(name, default_value=value) if literal else self.graph.placeholder(name)
-            node.meta.update(module="", shapes=[])
+            set_info(node, NodeInfo())
+            self._last_input = node
             self._bind(node, value)
         return args, kwargs
 
     def _bind(self, node: fx.Node, value: object) -> None:
         if isinstance(value, torch.Tensor):
             self._external[id(value)] = node
-            node.meta.update(shapes=[tuple(value.shape)], dtype=value.dtype, constant=False)
+            known = info(node)
+            known.shapes, known.dtype = [tuple(value.shape)], value.dtype
         elif isinstance(value, (list, tuple)):
             for i, item in enumerate(value):
                 self._bind_item(node, i, item)
@@ -169,7 +182,7 @@ class _Recorder(TorchDispatchMode):
     def _bind_item(self, node: fx.Node, key: Any, item: object) -> None:
         if any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(item)):
             part = self.graph.call_function(operator.getitem, (node, key))
-            part.meta.update(module="", shapes=[], placeholder=True)
+            set_info(part, NodeInfo(placeholder=True))
             self._bind(part, item)
 
     def entered(self, path: str) -> None:
@@ -190,7 +203,8 @@ class _Recorder(TorchDispatchMode):
 
     def finish(self, output: object) -> None:
         """Records what the model returned, then takes the marks off tensors that outlive the recording."""
-        self.graph.output(map_outputs(output, self.node_of, self._wrapped))
+        set_info(self.graph.output(map_outputs(output, self.node_of, self._wrapped)), NodeInfo())
+        self.outputs = [tensor.detach().clone() for tensor in output_tensors(output)]
         for reference in self._marked:
             tensor = reference()
             if tensor is not None:
@@ -198,7 +212,7 @@ class _Recorder(TorchDispatchMode):
 
     def _wrapped(self, kind: Any, items: dict[str, Any]) -> fx.Node:
         node = self.graph.call_function(kind, (), items)
-        node.meta.update(module="", shapes=[])
+        set_info(node, NodeInfo())
         return node
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
@@ -238,14 +252,12 @@ class _Recorder(TorchDispatchMode):
             tensor = self.tensors.get(name)
             constant = tensor is None
             tensor = self.constants[name] if tensor is None else tensor
-            last = self._last_read or next(n for n in self.graph.nodes if n.op == "placeholder" and not _follows_placeholder(n))
-            with self.graph.inserting_after(last):
-                node = self.graph.create_node("get_attr", name)
-            self._last_read = node
-            node.meta.update(module=name.rpartition(".")[0], shapes=[tuple(tensor.shape)], dtype=tensor.dtype)
-            node.meta["constant"] = constant or name not in self.parameters
-            if node.meta["constant"] and not tensor.is_floating_point() and not tensor.is_meta:
-                node.meta["tensor"] = tensor
+            fixed = constant or name not in self.parameters
+            node = self._last_read = append_node(self.graph, "get_attr", name, after=self._last_read or self._last_input)
+            known = NodeInfo(name.rpartition(".")[0], [tuple(tensor.shape)], tensor.dtype, constant=fixed)
+            if fixed and not tensor.is_floating_point() and not tensor.is_meta:
+                known.tensor = tensor
+            set_info(node, known)
             self._used[name] = node
         return node
 
@@ -258,30 +270,30 @@ class _Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        node = self._call(func, args, kwargs)
+        node, known = self._call(func, args, kwargs)
         result = self._run(node, func, args, kwargs)
-        node.meta["decides"] = kind = decision(func, args, kwargs, result, constant=self._decides_nothing(node, func, args, kwargs))
-        node.meta["delicate"] = rounds_matter(kind, args, kwargs)
-        if isinstance(result, (bool, int, float, complex)):
-            node.meta["value"] = result
-        constant = node.meta["constant"] = node.meta["constant"] and (kind != "random" or kwargs.get("generator") is not None)
-        path = node.meta["module"]
-        if not constant and rule_for(func) is None:
-            with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (copying the tensors is no part of the program)
-                node.meta["recorded"] = Recorded.of(func, args, kwargs)
+        known.decides = kind = decision(func, args, kwargs, result, constant=self._decides_nothing(known, func, args, kwargs))
+        known.delicate = bool(kind) and rounds_matter(kind, args, kwargs)
         if isinstance(result, torch.Tensor):
-            self._made(node, result)
-        elif isinstance(result, (list, tuple)):
-            self._made_many(node, result, path, constant=constant)
+            known.constant = known.constant and (kind != "random" or kwargs.get("generator") is not None)
+            self._made(node, known, result)
+        else:
+            known.constant = known.constant and (kind != "random" or kwargs.get("generator") is not None)
+            if isinstance(result, (list, tuple)):
+                self._made_many(node, known, result)
+            elif isinstance(result, (bool, int, float, complex)):
+                known.reads, known.value = True, result
+        if not known.constant and rule_for(func) is None:
+            with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (copying the tensors is no part of the program)
+                known.recorded = Recorded.of(func, args, kwargs)
         if self.on_call is not None:
             self.on_call()
         return result
 
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        node = self.graph.call_function(func, self._lower(args), {k: self._lower(v) for k, v in kwargs.items()})
-        constant = not any(not n.meta.get("constant", False) for n in node.all_input_nodes)
-        node.meta.update(module=self.stack[-1] if self.stack else "", shapes=[], constant=constant)
-        return node
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Node, NodeInfo]:
+        node = append_node(self.graph, "call_function", func, self._lower(args), {k: self._lower(v) for k, v in kwargs.items()})
+        known = NodeInfo(self.stack[-1] if self.stack else "", operator=True, constant=all(info(n).constant for n in node.all_input_nodes))
+        return node, set_info(node, known)
 
     def _run(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -296,22 +308,22 @@ class _Recorder(TorchDispatchMode):
         func = torch.ops.aten.item.default
         if self.weightless is not None:
             self.weightless.require(tensor)
-        node = self._call(func, (tensor,), {})
-        node.meta["whole"] = True
-        node.meta["decides"] = kind = decision(func, (tensor,), {}, None, constant=node.meta["constant"])
-        node.meta["delicate"] = rounds_matter(kind, (tensor,), {})
+        node, known = self._call(func, (tensor,), {})
+        known.whole = known.reads = True
+        known.decides = kind = decision(func, (tensor,), {}, None, constant=known.constant)
+        known.delicate = rounds_matter(kind, (tensor,), {})
         with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (what is copied here is no part of the program)
-            node.meta["value"] = None if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta else tensor.detach().clone()
+            known.value = None if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta else tensor.detach().clone()
             taken: torch.Tensor = tensor if self.runner is None else self.runner(node, func, (tensor,), {})
         if self.on_call is not None:
             self.on_call()
         return taken
 
-    def _made(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        node.meta["shapes"] = [tuple(tensor.shape)]
-        node.meta["dtype"] = tensor.dtype
-        if node.meta["constant"] and not tensor.is_floating_point() and not tensor.is_meta:
-            node.meta["tensor"] = tensor
+    def _made(self, node: fx.Node, known: NodeInfo, tensor: torch.Tensor) -> None:
+        known.shapes = [tuple(tensor.shape)]
+        known.dtype = tensor.dtype
+        if known.constant and not tensor.is_floating_point() and not tensor.is_meta:
+            known.tensor = tensor
         if id(tensor) in self._external:
             self._external[id(tensor)] = node
         else:
@@ -320,18 +332,19 @@ class _Recorder(TorchDispatchMode):
         if self.on_value is not None:
             self.on_value(node, tensor)
 
-    def _made_many(self, node: fx.Node, result: Any, path: str, *, constant: bool) -> None:
+    def _made_many(self, node: fx.Node, known: NodeInfo, result: Any) -> None:
         for i, tensor in enumerate(result):
-            node.meta["shapes"].append(tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ())
+            known.shapes.append(tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ())
             if isinstance(tensor, torch.Tensor):
-                part = self.graph.call_function(operator.getitem, (node, i))
-                part.meta.update(module=path, constant=constant)
-                self._made(part, tensor)
+                part = append_node(self.graph, "call_function", operator.getitem, (node, i))
+                self._made(part, set_info(part, NodeInfo(known.module, constant=known.constant)), tensor)
 
-    def _decides_nothing(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _decides_nothing(self, known: NodeInfo, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Returns whether what a call decides is the same in every run: all of its tensors are constants, or those that decide are."""
+        if known.constant:
+            return True
         deciding = sized_by(func, args, kwargs)
-        return bool(node.meta["constant"] or (deciding and all(self.node_of(t).meta.get("constant") for t in deciding)))
+        return bool(deciding) and all(info(self.node_of(t)).constant for t in deciding)
 
     def _must_decompose(self, func: Any) -> bool:
         known = self._decompose.get(func)
@@ -344,24 +357,32 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
         if isinstance(value, (list, tuple)):
-            return [self._lower(v) for v in value] if isinstance(value, list) else tuple(self._lower(v) for v in value)
+            lowered = [self._lower(v) if isinstance(v, (torch.Tensor, list, tuple)) else v for v in value]
+            return lowered if isinstance(value, list) else tuple(lowered)
         return value
 
-    def program(self) -> Program:
-        """Returns the finished recording."""
+    def program(self, caches: list[Where]) -> Program:
+        """Returns the finished recording of a model whose caches were emptied."""
         used = {n: t for n, t in self.tensors.items() if n in self._used}
         unused = [n for n in self.tensors if n not in self._used and n in self.parameters and isinstance(self.tensors[n], nn.Parameter)]
         parameters = {n for n in self.parameters if n in used}
         constants = {n: t for n, t in self.constants.items() if n in self._used}
-        return Program(self.graph, used, parameters, constants, self.aliases, self.modules, self.inputs, unused, list(self.ran))
+        return Program(
+            self.graph,
+            used,
+            parameters,
+            constants,
+            self.aliases,
+            self.modules,
+            self.inputs,
+            outputs=self.outputs,
+            caches=caches,
+            unused=unused,
+            ran=list(self.ran),
+        )
 
 
 def node_behind(tensor: torch.Tensor) -> fx.Node | None:
     """Returns the node that made a tensor in the recording now running (None for inputs, parameters and literals)."""
     found = tensor.__dict__.get(_NODE)
     return None if found is None else found[1]
-
-
-def _follows_placeholder(node: fx.Node) -> bool:
-    """Returns whether the next node is a placeholder as well."""
-    return node.next.op == "placeholder"

@@ -21,6 +21,7 @@ from graphprune.groups.propagate import Analysis, extend, operators
 from graphprune.surgery.rewriting import Removal
 from graphprune.trace.data_dependent import decision, rounds_matter
 from graphprune.trace.inputs import tensors_in
+from graphprune.trace.program import info
 from graphprune.trace.recorder import record
 from graphprune.verify.replay import difference, gathered, over_kept
 
@@ -64,16 +65,19 @@ class Run:
     """One run of a model at full width.
 
     Attributes:
-        outputs: what the model returned.
         entries: its decisions, or all operators.
-        program: its recording.
         departed: whether it ran other operators than the recording that it followed.
+        program: its recording, once it has ended.
     """
 
-    outputs: object = None
     entries: list[Entry] = field(default_factory=list)
-    program: Program | None = None
     departed: bool = False
+    program: Program | None = None
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        """The tensors that the model returned."""
+        return self.program.outputs if self.program is not None else []
 
 
 class DepartureError(GraphPruneError):
@@ -113,14 +117,14 @@ class ReferenceRun:
             result = over_kept(node, dict(_pairs(node, before)), self.removal)
         else:
             result = plain(node, func, args, kwargs)
-        kind = decision(func, args, kwargs, result, constant=node.meta["constant"])
+        kind = decision(func, args, kwargs, result, constant=info(node).constant)
         decides = rounds_matter(kind, args, kwargs)
         if decides or self.everything:
             pairs = _pairs(node, before) if decides else ()
             inputs = [gathered(t, analysis.values.get(n), self.removal).clone() for n, t in pairs]
-            literal = kind == "random" and node.meta["constant"] and not (isinstance(result, torch.Tensor) and result.is_floating_point())
+            literal = kind == "random" and info(node).constant and not (isinstance(result, torch.Tensor) and result.is_floating_point())
             name = func._schema.name  # noqa: SLF001 (the schema is documented)
-            self.run.entries.append(Entry(name, node.meta["module"], inputs, self._outputs(node, result), decides, literal))
+            self.run.entries.append(Entry(name, info(node).module, inputs, self._outputs(node, result), decides, literal))
         return result
 
     def _outputs(self, node: fx.Node, result: Any) -> list[Any]:
@@ -148,12 +152,10 @@ def follow(model: nn.Module, removal: Removal, *, masked: bool = True, everythin
     inputs = removal.analysis.program.inputs
     for _ in range(_ATTEMPTS):
         follower = ReferenceRun(removal, masked=masked, everything=everything)
-        outputs: list[object] = []
-        follower.run.program = record(model, inputs, runner=follower, on_output=outputs.append)
-        follower.run.outputs = outputs[0]
+        follower.run.program = program = record(model, inputs, runner=follower)
         if not follower.run.departed:
             return follower.run, removal
-        removal = _relabelled(removal, follower.run.program)
+        removal = _relabelled(removal, program)
     what = "the masked model decides differently in every run, so that it cannot be compared with the shrunk one"
     raise InputError(what, "Pass other example inputs")
 
@@ -183,7 +185,7 @@ def _relabelled(removal: Removal, program: Program) -> Removal:
 
 def _same(mine: fx.Node, theirs: fx.Node) -> bool:
     """Returns whether two recordings run one operator on the same parameters at the same place."""
-    if mine.target is not theirs.target or mine.meta["module"] != theirs.meta["module"]:
+    if mine.target is not theirs.target or info(mine).module != info(theirs).module:
         return False
     pairs = list(zip(mine.all_input_nodes, theirs.all_input_nodes, strict=False))
     return (
@@ -215,7 +217,7 @@ class Replay:
         """
         before = saved(func, args, kwargs)
         result = plain(node, func, args, kwargs)
-        kind = decision(func, args, kwargs, result, constant=node.meta["constant"])
+        kind = decision(func, args, kwargs, result, constant=info(node).constant)
         decides = rounds_matter(kind, args, kwargs)
         if not decides and not self.everything:
             return result
@@ -224,7 +226,7 @@ class Replay:
         if entry is None or entry.name != name:
             short = name.removeprefix("aten::")
             if entry is None:
-                raise DepartureError(f"{short} in {node.meta['module'] or 'the model itself'}, which the masked model does not run", "")
+                raise DepartureError(f"{short} in {info(node).place}, which the masked model does not run", "")
             raise DepartureError(f"{entry.place}, where the shrunk model runs {short} instead", "")
         self._compare(entry, before if decides else [], entry.inputs if decides else [])
         if self.everything and kind != "random":
@@ -274,19 +276,18 @@ def _decided_otherwise(mine: Any, theirs: Any) -> bool:
     return isinstance(mine, (bool, int)) and mine != theirs
 
 
-def lead(small: nn.Module, inputs: Inputs, leader: Replay) -> object:
-    """Runs a shrunk model with the masked model's decisions; returns its output.
+def lead(small: nn.Module, inputs: Inputs, leader: Replay) -> Program:
+    """Runs a shrunk model with the masked model's decisions; returns its recording.
 
     Raises:
         DepartureError: it brings something else to a decision.
         InputError: it cannot be run.
     """
-    outputs: list[object] = []
-    record(small, inputs, runner=leader, on_output=outputs.append)
+    program = record(small, inputs, runner=leader)
     left = next((e for e in leader.entries if not e.literal), None)
     if left is not None:
         raise DepartureError(f"{left.place}, which the shrunk model does not run", "")
-    return outputs[0]
+    return program
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def lead(small: nn.Module, inputs: Inputs, leader: Replay) -> object:
 
 def plain(node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operator as it is."""
-    return args[0] if node.meta.get("whole") else func(*args, **kwargs)
+    return args[0] if info(node).whole else func(*args, **kwargs)
 
 
 def saved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

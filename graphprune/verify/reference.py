@@ -12,9 +12,11 @@ from graphprune.masks.channels import copied
 from graphprune.surgery.slicing import like
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import preserve_state
+from graphprune.trace.outputs import output_tensors
+from graphprune.trace.program import info
 from graphprune.trace.recorder import record
 from graphprune.verify.lockstep import DepartureError, Entry, Replay, Run, follow, lead
-from graphprune.verify.replay import Check, difference, first_difference, masked_outputs, masked_tensor, output_tensors, tolerance_for
+from graphprune.verify.replay import Check, difference, first_difference, masked_outputs, masked_tensor, tolerance_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,21 +126,21 @@ class _LockstepReference:
             record(masked_model if of_masked else model, removal.analysis.program.inputs, on_value=watch)
             return watch.first
 
-        _require_values(output_tensors(dense.outputs), output_tensors(run.outputs), first_without_values)
+        _require_values(dense.outputs, run.outputs, first_without_values)
         return _LockstepReference(masked_model, found, run, _effect(dense, run), tolerance_for(removal.analysis.program))
 
     def check(self, small: nn.Module) -> Check:
         """Runs a shrunk model and compares what it decides by, and what it returns."""
         leader = Replay(self.run.entries, self.tolerance)
         try:
-            output = lead(small, self.removal.analysis.program.inputs, leader)
+            program = lead(small, self.removal.analysis.program.inputs, leader)
         except DepartureError:
             error = leader.error if leader.error > self.tolerance else float("inf")
         except InputError:
             error = float("inf")
         else:
-            error = max(leader.error, difference(output_tensors(self.run.outputs), output_tensors(output)))
-        empty = not any(t.numel() for t in output_tensors(self.run.outputs))
+            error = max(leader.error, difference(self.run.outputs, program.outputs))
+        empty = not any(t.numel() for t in self.run.outputs)
         return Check(error, self.effect, self.tolerance, leader.ties, empty)
 
     def where(self, small: nn.Module) -> str:
@@ -169,7 +171,7 @@ def _masked_copy(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapp
 
 def _effect(dense: Run, masked: Run) -> float:
     """Returns how much the masks change: the outputs where they can be compared, else what goes into decisions that both take."""
-    outputs = difference(output_tensors(dense.outputs), output_tensors(masked.outputs))
+    outputs = difference(dense.outputs, masked.outputs)
     if 0 < outputs < float("inf"):
         return outputs
     worst = 0.0
@@ -204,7 +206,7 @@ class _NotFinite:
             if not self.first and not any(n in self.seen for n in node.all_input_nodes):
                 schema = getattr(node.target, "_schema", None)
                 name = str(schema.name if schema is not None else node.target).removeprefix("aten::")
-                self.first = f", first at {name} in {node.meta.get('module') or 'the model itself'}"
+                self.first = f", first at {name} in {info(node).place}"
 
 
 def _require_values(dense: list[torch.Tensor], masked: list[torch.Tensor], first: Any) -> None:

@@ -7,7 +7,7 @@ The masked model is the original one with the removed channels' slices zeroed. W
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
 from graphprune.trace.data_dependent import is_delicate
-from graphprune.trace.program import Program
+from graphprune.trace.outputs import output_tensors
+from graphprune.trace.program import Program, info
 from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
@@ -63,21 +64,6 @@ class Check:
         return (*([ties] if self.ties else []), *([empty] if self.empty else []))
 
 
-def output_tensors(output: object) -> list[torch.Tensor]:
-    """Returns all tensors of a model's output, in order, through tuples, lists, dicts and dataclasses."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, dict):
-        parts: Iterator[Any] = iter(output.values())
-    elif isinstance(output, (list, tuple)):
-        parts = iter(output)
-    elif hasattr(output, "__dataclass_fields__"):
-        parts = (getattr(output, name) for name in output.__dataclass_fields__)
-    else:
-        return []
-    return [t for part in parts for t in output_tensors(part)]
-
-
 def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """Returns the largest difference between two outputs, relative to the largest value of the first; inf where shapes differ.
 
@@ -104,7 +90,7 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
 
 def tolerance_for(program: Program) -> float:
     """Returns the tolerance of the coarsest floating dtype that the program computes in."""
-    computed = (n.meta.get("dtype") for n in program.graph.nodes if n.op == "call_function" and not n.meta.get("constant"))
+    computed = (info(n).dtype for n in program.graph.nodes if n.op == "call_function" and not info(n).constant)
     return max((TOLERANCE.get(dtype, 0.0) for dtype in computed if dtype is not None), default=0.0) or TOLERANCE[torch.float64]
 
 
@@ -130,7 +116,7 @@ def masked_outputs(
                 return output_tensors(_loaded(node.args[0], env))
             else:
                 env[node] = _masked_call(node, env, removal)
-                if on_value is not None and not node.meta.get("placeholder"):
+                if on_value is not None and not info(node).placeholder:
                     on_value(node, env[node])
             for done in last.get(node, ()):
                 env.pop(done, None)
@@ -177,7 +163,7 @@ def _masked_call(node: fx.Node, env: dict[fx.Node, Any], removal: Removal) -> An
     if notes is not None and any(removal.loses(labels) for labels in (*notes.statistics, *notes.kept_only)):
         return over_kept(node, env, removal)
     args, kwargs = _loaded(node.args, env), _loaded(dict(node.kwargs), env)
-    if node.meta.get("whole"):  # Python took out the values of a tensor
+    if info(node).whole:  # Python took out the values of a tensor
         return None
     if target is operator.getitem and not hasattr(args[0], "__getitem__"):
         return None
@@ -230,7 +216,7 @@ def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: 
     except GraphPruneError as error:
         failure = error.what
     for (node, full), (other, actual) in zip(wanted, found, strict=False):
-        place = f"{_name(node)} in {node.meta['module'] or 'the model itself'}"
+        place = f"{_name(node)} in {info(node).place}"
         if node.target != other.target:
             return f"{place}, where the shrunk model runs {_name(other)} instead"
         expected = gathered(full, removal.analysis.values[node], removal)
@@ -240,7 +226,7 @@ def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: 
             return f"{place}: relative difference {difference([expected], [actual]):.1e}"
     if failure and len(found) < len(wanted):
         node = wanted[len(found)][0]
-        return f"{_name(node)} in {node.meta['module'] or 'the model itself'}: {failure}"
+        return f"{_name(node)} in {info(node).place}: {failure}"
     return failure or "no single operator: the programs agree node by node"
 
 

@@ -17,6 +17,7 @@ import graphprune as gp
 from graphprune.groups import build as groups_of
 from graphprune.speedup import speedup as surgery
 from graphprune.trace.data_dependent import decision
+from graphprune.trace.program import info
 from graphprune.trace.recorder import record
 from tests.support.invariants import evaluate, permutation_error, train_step
 from tests.support.operators import Network, conv, described, filled, images, normal, vectors
@@ -422,7 +423,7 @@ def test_operators_are_known_by_what_they_decide(op: Callable[[Tensor], Any], ki
         return x + 1
 
     program = record(Network(run, {}), images(2))
-    found = {node.meta["decides"] for node in program.graph.nodes if node.meta.get("decides")}
+    found = {info(node).decides for node in program.graph.nodes if info(node).decides}
     assert (kind in found) if kind else not found
 
 

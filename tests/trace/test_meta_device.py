@@ -15,6 +15,7 @@ from torch import nn
 import graphprune as gp
 from graphprune.cost.count import count_by_module
 from graphprune.trace.meta_device import LARGEST, shapes_suffice
+from graphprune.trace.program import info
 from tests.support.networks import call, load
 from tests.support.zoo_sources import blueprint
 
@@ -47,7 +48,7 @@ def verdicts(graph: gp.DependencyGraph) -> list[tuple[Any, ...]]:
 def operators(graph: gp.DependencyGraph) -> list[str]:
     """Returns the recorded operators in order, but for those that decide."""
     nodes = graph.engine.program.graph.nodes
-    return [f"{n.target} in {n.meta['module']}" for n in nodes if n.op == "call_function" and not n.meta.get("decides")]
+    return [f"{n.target} in {info(n).module}" for n in nodes if n.op == "call_function" and not info(n).decides]
 
 
 # -- the same graph ------------------------------------------------------------------------------------------------------------------

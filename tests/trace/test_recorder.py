@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
+from graphprune.trace.program import info
 from tests.support.handmade import residual
 from tests.support.invariants import coverage_faults, evaluate, permutation_error
 from tests.support.networks import build
@@ -465,7 +466,7 @@ def test_operators_keep_their_place_after_a_caught_error() -> None:
         return logits
 
     graph = gp.trace(two_convs(run, failing=Failing()), X)
-    places = [node.meta["module"] for node in graph.engine.program.graph.nodes if node.op == "call_function"]
+    places = [info(node).module for node in graph.engine.program.graph.nodes if node.op == "call_function"]
     assert places == ["a", "", "b"]
 
 

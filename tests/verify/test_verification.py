@@ -17,8 +17,9 @@ from torch.nn import functional
 import graphprune as gp
 from graphprune.ops.registry import RULES, Labels, Op
 from graphprune.speedup import speedup as surgery
+from graphprune.trace.outputs import output_tensors
 from graphprune.trace.recorder import record
-from graphprune.verify.replay import Check, difference, output_tensors, tolerance_for
+from graphprune.verify.replay import Check, difference, tolerance_for
 from tests.support.handmade import residual
 from tests.support.invariants import coverage_faults, evaluate, permutation_error
 from tests.support.operators import Network, conv, filled, images

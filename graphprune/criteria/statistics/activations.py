@@ -17,6 +17,7 @@ from graphprune.criteria.statistics.following import follow, named
 from graphprune.criteria.statistics.places import Places
 from graphprune.data.distributed import all_reduce_sum
 from graphprune.errors import InputError
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -102,7 +103,7 @@ class _Sum:
         self.layout = layout
         self.roots = roots
         self.sums = torch.zeros(3, roots.size, dtype=torch.float64)
-        self._rank = len(node.meta["shapes"][0])
+        self._rank = len(info(node).shapes[0])
 
     def add(self, tensor: Tensor) -> None:
         """Adds the tensor of one batch, which is read now: the memory may be written to later.

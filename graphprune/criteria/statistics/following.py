@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from graphprune.errors import InputError
 from graphprune.groups.propagate import operators
 from graphprune.trace.inputs import place
+from graphprune.trace.program import info
 from graphprune.trace.recorder import record
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ def follow(model: nn.Module, inputs: Inputs, program: Program, look: Look) -> No
 
     def runner(node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         twin = next(recorded, None)
-        if twin is None or twin.target is not node.target or twin.meta["module"] != node.meta["module"]:
+        if twin is None or twin.target is not node.target or info(twin).module != info(node).module:
             expected = "nothing more" if twin is None else named(twin)
             what = f"a batch takes another path through the model than the example inputs did: {named(node)} runs where they ran {expected}"
             raise InputError(what, _FIX)
-        result = args[0] if node.meta.get("whole") else func(*args, **kwargs)
+        result = args[0] if info(node).whole else func(*args, **kwargs)
         look(twin, args, kwargs, result)
         return result
 
@@ -57,4 +58,4 @@ def named(node: fx.Node) -> str:
     """Returns operator and place of a node, as messages and reports name them."""
     target: Any = node.target
     operator = str(target._schema.name).removeprefix("aten::") if hasattr(target, "_schema") else node.name  # noqa: SLF001
-    return f"{operator} in {place(node.meta['module'])}"
+    return f"{operator} in {place(info(node).module)}"

@@ -17,6 +17,7 @@ from graphprune.criteria.statistics.following import name
 from graphprune.groups.footprints import Distinct, Layout
 from graphprune.groups.propagate import Analysis
 from graphprune.ops.registry import Value
+from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from torch import fx
@@ -127,7 +128,7 @@ class Places:
 
     def _shown(self, node: fx.Node) -> bool:
         """Returns whether a node is one floating-point tensor."""
-        return isinstance(self.analysis.values.get(node), Value) and bool(node.meta["dtype"].is_floating_point)
+        return isinstance(self.analysis.values.get(node), Value) and bool(info(node).is_floating)
 
 
 def _owns(layout: Layout, group: Group) -> bool:

@@ -1,0 +1,59 @@
+"""What a model is made of, gathered in one walk: its modules, parameters and buffers, by all their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The modules and tensors of a model. PyTorch's own iterators walk through the whole model for each kind of them.
+
+    Attributes:
+        modules: (qualified name, module), in the order of `named_modules`; a module that stands in several places under each name.
+        parameters: (qualified name, parameter), likewise.
+        buffers: (qualified name, buffer), likewise.
+    """
+
+    modules: list[tuple[str, nn.Module]]
+    parameters: list[tuple[str, Tensor]]
+    buffers: list[tuple[str, Tensor]]
+
+    @staticmethod
+    def of(model: nn.Module) -> Members:
+        """Walks through a model."""
+        modules = list(model.named_modules(remove_duplicate=False))
+        parameters: list[tuple[str, Tensor]] = []
+        buffers: list[tuple[str, Tensor]] = []
+        for path, module in modules:
+            prefix = f"{path}." if path else ""
+            for held, found in ((module._parameters, parameters), (module._buffers, buffers)):  # noqa: SLF001 (read in one walk)
+                if held:
+                    found += [(prefix + name, tensor) for name, tensor in held.items() if tensor is not None]
+        return Members(modules, parameters, buffers)
+
+    @property
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Parameters, then buffers."""
+        return [*self.parameters, *self.buffers]
+
+    @cached_property
+    def first_names(self) -> dict[str, nn.Module]:
+        """First name -> module, every module once."""
+        seen: set[int] = set()
+        first: dict[str, nn.Module] = {}
+        for name, module in self.modules:
+            if id(module) not in seen:
+                seen.add(id(module))
+                first[name] = module
+        return first
+
+    @property
+    def distinct(self) -> list[nn.Module]:
+        """Every module once."""
+        return list(self.first_names.values())
