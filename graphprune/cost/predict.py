@@ -7,12 +7,15 @@ the cost of any masks takes milliseconds, and a search for a budget need not shr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import flop_registry
 
 from graphprune.cost.count import Cost, count
 from graphprune.data.sources import generators_kept
@@ -22,9 +25,16 @@ from graphprune.trace.program import info
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import fx, nn
+    from torch._ops import OpOverload
 
     from graphprune.groups.graph import DependencyGraph
     from graphprune.ops.labels import Ids
+    from graphprune.trace.program import Program
+
+_MULTIPLIES = re.compile(
+    r"mm|dot|matmul|einsum|bilinear|linear|conv|attention|lstm|gru|rnn|inner|cdist|cov|corrcoef|matrix|linalg|pinverse"
+)
+_RESIZES = re.compile(r"aten::(upsample|_upsample|grid_sample)")  # "bilinear" there is a way to interpolate
 
 Dims: TypeAlias = "list[tuple[Value, int]]"
 Formula: TypeAlias = "Callable[[dict[str, Any], Value], list[Dims]]"
@@ -53,7 +63,7 @@ class Forecast:
     """Predicts parameters and MACs of a model whose channels are partly gone.
 
     Args:
-        model: the model of the graph; it is run once when a total is asked for, to count what no formula covers.
+        model: the model of the graph; it is run once when a total is asked for and the recording holds what no formula covers.
         graph: its groups.
     """
 
@@ -71,6 +81,9 @@ class Forecast:
     @cached_property
     def dense(self) -> Cost:
         """The cost of the whole model."""
+        macs = macs_of(self.graph.engine.program)
+        if macs is not None:
+            return Cost(sum(parameter.numel() for parameter in self.model.parameters()), macs)
         with generators_kept():  # whoever asks for costs first must not decide about anybody's random numbers
             return count(self.model, self.graph.engine.program.inputs)
 
@@ -130,14 +143,69 @@ def _sum(products: Iterable[_Product], lengths: list[int]) -> int:
 # -- what operators multiply ---------------------------------------------------------------------------------------------------------
 
 
+def macs_of(program: Program) -> int | None:
+    """Returns the MACs of a recorded forward pass, from its shapes; None where it holds an operator that no formula covers.
+
+    They are those that `count` finds: the formulas are those of `torch.utils.flop_counter`, for operators that were recorded whole.
+    """
+    total = 0
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+            continue
+        formula = FORMULAS.get(node.target._schema.name)  # noqa: SLF001 (the schema is documented)
+        if formula is None or not _covers(node):
+            if may_multiply(node.target):
+                return None
+            continue
+        arguments = named_arguments(node.target, node.args, node.kwargs)
+        dims = formula({name: _shaped(a) for name, a in arguments.items()}, _shaped(node))
+        total += sum(math.prod(value.shape[d] for value, d in product) for product in dims)
+    return total
+
+
+def _shaped(argument: Any) -> Any:
+    """Returns an argument with tensors in place of nodes that have a shape and no labels; of several, the first."""
+    if isinstance(argument, (list, tuple)):
+        return [_shaped(a) for a in argument]
+    if hasattr(argument, "all_input_nodes"):
+        shapes = info(argument).shapes
+        return Value(shapes[0], [None] * len(shapes[0]), "") if shapes else None
+    return argument
+
+
+def _covers(node: fx.Node) -> bool:
+    """Returns whether the formula of an operator holds for a call of it: that of `einsum` is one for two operands."""
+    target: Any = node.target
+    if target._schema.name != "aten::einsum":  # noqa: SLF001 (the schema is documented)
+        return True
+    operands = named_arguments(target, node.args, node.kwargs)["tensors"]
+    return len(operands) < 3
+
+
+@cache
+def may_multiply(target: OpOverload) -> bool:
+    """Returns whether `count` may find multiplications in an operator: it has a formula itself, or PyTorch takes it apart into others.
+
+    Of ATen's, those that are taken apart are told by their names: which ones multiply matrices does not change from call to call.
+    """
+    name = target._schema.name  # noqa: SLF001 (the schema is documented)
+    if name in FORMULAS or target.overloadpacket in flop_registry:
+        return True
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):  # noqa: SLF001 (no public spelling)
+        return False
+    if torch.Tag.pointwise in target.tags or _RESIZES.match(name):
+        return False
+    return not name.startswith("aten::") or bool(_MULTIPLIES.search(name))
+
+
 def _multiplications(graph: DependencyGraph) -> list[tuple[str, Dims]]:
     """Returns for every multiplying operator of the recording its layer and the dimensions whose product is its MACs."""
     values = graph.engine.values
     out = []
     for node in graph.engine.program.graph.nodes:
         formula = FORMULAS.get(getattr(getattr(node.target, "_schema", None), "name", ""))
-        result = values.get(node)
         if formula is not None:
+            result = values.get(node)
             arguments = {name: _value(a, values) for name, a in named_arguments(node.target, node.args, node.kwargs).items()}
             first = result[0] if isinstance(result, list) else result
             out += [(info(node).module, dims) for dims in formula(arguments, first)]

@@ -21,6 +21,7 @@ from graphprune.pruners.families import CUTS, Cut
 from graphprune.pruners.layerwise import Layerwise, layers_with_rows
 from graphprune.pruners.requests import requests
 from graphprune.pruners.selectors import CHANNELS, Trait
+from graphprune.sizes.watch import demands
 from graphprune.sizes.widths import stated_widths
 
 if TYPE_CHECKING:
@@ -210,8 +211,9 @@ class Pruner:
             counts |= counting.each(asked.sparsity)
             for total, members in asked.entries.values():
                 counts |= counting.together([n for n in members if n not in whole], total)
-        if self.keep_class:
-            stated = stated_widths(self.model, self.graph, counts, self.round_to)
+        asks = demands(self.model, self.graph.engine) if self.keep_class else None
+        if asks is not None:
+            stated = stated_widths(self.graph, asks, counts, self.round_to)
             raised = {n: k for n, k in stated.items() if k > counts[n]}
             notes |= {n: f"{k} kept instead of {counts[n]}, a width that the model's code can state" for n, k in raised.items()}
             counts = stated
@@ -220,7 +222,7 @@ class Pruner:
         ranked = {n for _, members in asked.entries.values() for n in members}  # a ranking decides, no sparsity of their own
         requested = {n: s for n, s in asked.sparsity.items() if n not in ranked and self.budget is None}
         asked_of = {n: c.asked for n, c in self.config.layers.items() if c.asked is not None and self.mode != "global"}
-        self.plan = Plan(requested, notes, seconds, self.budget, asked_of)
+        self.plan = Plan(requested, notes, seconds, self.budget, asked_of, asks)
         return Masks(self.graph, kept)
 
     def scores(self) -> dict[str, NDArray[np.float64]]:

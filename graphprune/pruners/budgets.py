@@ -16,6 +16,8 @@ from graphprune.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from graphprune.sizes.watch import Demand
+
 Rounding: TypeAlias = Literal["floor", "ceil"]
 
 
@@ -73,6 +75,7 @@ class Plan:
         notes: group name -> why it lost less than it could.
         seconds: wall time spent before the speedup.
         budget: what was asked of the whole model, if that was not sparsities.
+        demands: what the model's code asks of its sizes, if the pruner had to find out.
     """
 
     requested: Mapping[str, float] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Plan:
     seconds: Mapping[str, float] = field(default_factory=dict)
     budget: Budget | None = None
     layers: Mapping[str, float] = field(default_factory=dict)
+    demands: Sequence[Demand] | None = None
 
 
 def kept_count(channels: int, sparsity: float, rounding: Rounding = "floor", round_to: int = 1) -> int:

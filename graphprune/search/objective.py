@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from graphprune.cost.count import Cost
@@ -25,6 +26,7 @@ from graphprune.pruners.requests import requests
 from graphprune.repair import Reconstruction
 from graphprune.runs.checkpoint import digest
 from graphprune.sensitivity.bench import finite
+from graphprune.sizes.watch import Demand, demands
 from graphprune.sizes.widths import stated_widths
 from graphprune.speedup.speedup import speedup
 
@@ -207,7 +209,12 @@ class Objective:
         for name in self.groups:
             asked = kept_count(self.scores[name].size, sparsities.get(name, 0.0), self.pruner.rounding, self.pruner.round_to)
             out[name] = max(asked, self.fewest(name))
-        return stated_widths(self.model, self.graph, self._all(out), self.pruner.round_to) if self.pruner.keep_class else out
+        return stated_widths(self.graph, self._demands, self._all(out), self.pruner.round_to) if self.pruner.keep_class else out
+
+    @cached_property
+    def _demands(self) -> Sequence[Demand]:
+        """What the model's code asks of its sizes: the same for every trial."""
+        return demands(self.model, self.graph.engine)
 
     def project(self, sparsities: Sparsities) -> dict[str, float]:
         """Returns sparsities that meet the budget to within one channel, as close as whole channels come to the same proportions.

@@ -16,11 +16,10 @@ import numpy as np
 
 from graphprune.sizes.equations import Equation, definitions
 from graphprune.sizes.expressions import Extent, Leaf, Number, Place, evaluate, leaves
-from graphprune.sizes.watch import Demand, demands
+from graphprune.sizes.watch import Demand
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import nn
 
     from graphprune.groups.graph import DependencyGraph
     from graphprune.ops.labels import Ids
@@ -33,17 +32,16 @@ _SAMPLES = 16
 _TRIES = 20_000
 
 
-def stated_widths(model: nn.Module, graph: DependencyGraph, counts: Mapping[str, int], round_to: int = 1) -> dict[str, int]:
+def stated_widths(graph: DependencyGraph, found: Sequence[Demand], counts: Mapping[str, int], round_to: int = 1) -> dict[str, int]:
     """Returns kept counts, none lower than those given, that the model's own code can state.
 
     Args:
-        model: the model of the graph; it is run once.
-        graph: its groups.
+        graph: the model's groups.
+        found: what the model's code asks of its sizes, see `sizes.watch.demands`.
         counts: group name -> how many channels are to stay.
         round_to: raised counts are multiples of this, or all.
     """
-    system = _System(graph, demands(model, graph.engine), counts)
-    return system.solve(round_to)
+    return _System(graph, found, counts).solve(round_to)
 
 
 @dataclass(frozen=True, eq=False)

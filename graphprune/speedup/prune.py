@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.criteria.scoring import Aggregation, Scope
@@ -13,7 +13,7 @@ from graphprune.pruners.base import Mode, Options, Pruner
 from graphprune.pruners.config import check_sparsity
 from graphprune.pruners.families import Cut
 from graphprune.speedup.report import SpeedupReport
-from graphprune.speedup.speedup import speedup
+from graphprune.speedup.speedup import shrink
 
 if TYPE_CHECKING:
     import torch
@@ -88,4 +88,5 @@ def prune(  # noqa: PLR0913 (every option of the three calls that it stands for)
                         "rounding": rounding, "round_to": round_to, "cut": cut, "keep_class": keep_class}  # fmt: skip
     pruner = Pruner(model, entries, chosen, example_inputs, **options)
     masks = pruner.masks()
-    return speedup(model, masks, verify=verify, inplace=inplace, plan=pruner.plan, result="module" if keep_class else "auto")
+    kind: Literal["module", "auto"] = "module" if keep_class else "auto"
+    return shrink(model, masks, pruner.plan, verify=verify, inplace=inplace, result=kind, as_recorded=True)

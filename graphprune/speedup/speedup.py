@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from graphprune.cost.count import Cost, count
-from graphprune.errors import MaskError, VerificationError
+from graphprune.cost.predict import macs_of
+from graphprune.errors import GraphPruneError, MaskError, VerificationError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.masks.elements import ElementMasks
@@ -25,14 +28,16 @@ from graphprune.surgery.recipe import Before, remember
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
 from graphprune.trace.caches import caches, clear
+from graphprune.trace.inputs import Inputs, normalise
+from graphprune.trace.recorder import record
 from graphprune.verify.reference import Reference, reference_for
-from graphprune.verify.replay import Check, require, runs_as_recorded
+from graphprune.verify.replay import Check, relies_on_defaults, require, runs_as_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from graphprune.groups.graph import DependencyGraph, Group, Slice
-    from graphprune.trace.inputs import Inputs
+    from graphprune.trace.program import Program, Where
 
 
 def speedup(
@@ -71,11 +76,40 @@ def speedup(
             fix = "Zero them first: masks.apply(model), then speedup(model, masks.channels(graph), inplace=True)"
             raise MaskError("masks of single elements cannot be used in place, as the elements that stay zero could not be put back", fix)
         model, masks = masks.masked(model), masks.channels(trace(model, example_inputs))
-    surgeon = _Surgeon(model, _fitting(model, masks, example_inputs), verify=verify, inplace=inplace)
+    masks = _fitting(model, masks, example_inputs)
+    return shrink(model, masks, plan or Plan(), verify=verify, inplace=inplace, result=result)
+
+
+def shrink(
+    model: nn.Module,
+    masks: Masks,
+    plan: Plan,
+    *,
+    verify: bool,
+    inplace: bool,
+    result: Literal["auto", "module", "graph"] = "auto",
+    as_recorded: bool = False,
+) -> tuple[nn.Module, SpeedupReport]:
+    """Returns what `speedup` returns, for masks on a graph whose recording is of the inputs to verify with.
+
+    Args:
+        model: see `speedup`.
+        masks: see `speedup`.
+        plan: see `speedup`.
+        verify: see `speedup`.
+        inplace: see `speedup`.
+        result: see `speedup`.
+        as_recorded: whether the model has not changed since it was recorded, so that the recording's outputs and caches are its own.
+
+    Raises:
+        MaskError: see `speedup`.
+        VerificationError: see `speedup`.
+    """
+    surgeon = _Surgeon(model, masks, plan, verify=verify, inplace=inplace, as_recorded=as_recorded)
     before = Before.of(model)
     try:
         small, kind, reason, check = surgeon.operate(result)
-        report = surgeon.report(small, kind, reason, check, plan or Plan())
+        report = surgeon.report(small, kind, reason, check)
     except BaseException:
         surgeon.undo()
         raise
@@ -85,17 +119,15 @@ def speedup(
 
 def _fitting(model: nn.Module, masks: Masks, example_inputs: object) -> Masks:
     """Returns the masks on a graph whose recording is of these inputs; the given one unless other inputs are given."""
-    checked_tensors(model, masks.graph)
     recorded = masks.graph.engine.program.inputs
     if example_inputs is None or example_inputs is recorded or _same(example_inputs, recorded):
         return masks
+    checked_tensors(model, masks.graph)
     graph = trace(model, example_inputs)
     return Masks(graph, {name: masks[name] for name in masks})
 
 
 def _same(example_inputs: object, recorded: Inputs) -> bool:
-    from graphprune.trace.inputs import normalise  # noqa: PLC0415 (only needed here)
-
     mine, theirs = normalise(example_inputs).tensors(), recorded.tensors()
     return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
@@ -103,31 +135,38 @@ def _same(example_inputs: object, recorded: Inputs) -> bool:
 class _Surgeon:
     """One speedup: the model, what goes, and how long each step took."""
 
-    def __init__(self, model: nn.Module, masks: Masks, *, verify: bool, inplace: bool) -> None:
+    def __init__(self, model: nn.Module, masks: Masks, plan: Plan, *, verify: bool, inplace: bool, as_recorded: bool) -> None:
         self.model = model
         self.masks = masks
+        self.plan = plan
         self.graph: DependencyGraph = masks.graph
         self.verify = verify
         self.inplace = inplace
+        self.as_recorded = as_recorded
         analysis = self.graph.engine
+        self.program: Program = analysis.program
         self.removal = Removal(analysis, analysis.removed(masks.removed_causes))
-        self.inputs: Inputs = analysis.program.inputs
         self.positions = masks.positions()
         self.tensors = checked_tensors(model, self.graph)
-        self.originals = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        self.caches: list[Where] = self.program.caches if as_recorded else caches(model, self.program.inputs)
         self.old: dict[str, Old] = {}
         self.saved: list[tuple[nn.Module, dict[str, Any]]] = []
         self.unset: list[Undo] = []
         self.seconds = {"shrink": 0.0, "verify": 0.0, "count": 0.0}
-        self.before: Cost | None = None
+        self.before = self._cost(model, self.program) if verify else None
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        """Adds the time that the block takes to that of a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] += time.perf_counter() - start
 
     def operate(self, result: str) -> tuple[nn.Module, Literal["module", "graph"], str, Check | None]:
         """Shrinks and checks; returns the result, its kind, why that kind, and the check."""
         reference = self._reference() if self.verify else None
-        if self.verify:
-            start = time.perf_counter()
-            self.before = count(self.model, self.inputs)
-            self.seconds["count"] += time.perf_counter() - start
         why = "asked for"
         if result != "graph":
             module, why, check = self._own_class(reference)
@@ -139,14 +178,13 @@ class _Surgeon:
         if self.inplace:
             fix = "Use inplace=False to get a GraphModule instead, or prune with keep_class=True"
             raise VerificationError(f"the model cannot be shrunk in place: {why}", fix)
-        start = time.perf_counter()
-        try:
-            small, remark = rewritten(self.model, self.removal, self.masks, self._sliced())
-        except VerificationError as error:
-            if result == "graph":
-                raise
-            raise VerificationError(f"{why}. Besides, {error.what}", "Exclude the layers named above") from error
-        self.seconds["shrink"] += time.perf_counter() - start
+        with self._timed("shrink"):
+            try:
+                small, remark = rewritten(self.model, self.removal, self.masks, self._sliced())
+            except VerificationError as error:
+                if result == "graph":
+                    raise
+                raise VerificationError(f"{why}. Besides, {error.what}", "Exclude the layers named above") from error
         check_graph = self._check(small, reference) if reference is not None else None
         if check_graph is not None and not check_graph.passed:
             require(check_graph, reference.where(small) if reference is not None else "")
@@ -156,18 +194,16 @@ class _Surgeon:
 
     def _own_class(self, reference: Reference | None) -> tuple[nn.Module | None, str, Check | None]:
         """Returns the model's own class shrunk, or None and why it cannot be kept."""
-        modules = self.graph.engine.program.modules
+        modules = self.program.modules
         if any(isinstance(m, torch.jit.ScriptModule) for m in modules.values()):
             return None, f"{type(self.model).__name__} holds scripted modules, whose code cannot be resized", None
-        start = time.perf_counter()
-        simple = explained(self.removal, modules)
-        found = Discovery({}) if simple else discover(self.model, self.removal)
-        held = caches(self.model, self.inputs)
-        small = self._sliced_module()
-        set_attributes(small, self.removal)
-        self.unset = assign(small, found.values)
-        clear(small, held)
-        self.seconds["shrink"] += time.perf_counter() - start
+        with self._timed("shrink"):
+            simple = explained(self.removal, modules)
+            found = Discovery({}) if simple else discover(self.model, self.removal, self.plan.demands if self.as_recorded else None)
+            small = self._sliced_module()
+            set_attributes(small, self.removal)
+            self.unset = assign(small, found.values)
+            clear(small, self.caches)
         check = self._check(small, reference) if reference is not None else None
         why = self._verdict(small, check, reference, found.broken, simple=simple)
         if why:
@@ -195,43 +231,57 @@ class _Surgeon:
         """Returns why a shrunk module of the model's own class may not be returned, or ""."""
         name = type(small).__name__
         if not broken if check is None else check.passed:
-            return "" if runs_as_recorded(small, self.removal) else f"{name}.forward goes by the sizes that it meets"
+            return "" if self._runs_as_recorded(small, check) else f"{name}.forward goes by the sizes that it meets"
         if broken:
             more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             return f"{name}.forward has sizes of its own that no attribute sets right: {broken[0]}{more}; see keep_class"
         where = reference.where(small) if reference is not None else "it cannot be run"
-        if simple and check is not None and math.isfinite(check.error) and runs_as_recorded(small, self.removal):
+        if simple and check is not None and math.isfinite(check.error) and self._runs_as_recorded(small, check):
             require(check, where)
         return f"{name}.forward has sizes of its own, so its class cannot be kept: {where}"
+
+    def _runs_as_recorded(self, small: nn.Module, check: Check | None) -> bool:
+        """Returns whether a shrunk module runs the recorded operators; it is recorded now unless the check has done so."""
+        if check is not None and check.program is not None:
+            return runs_as_recorded(check.program, self.removal)
+        if relies_on_defaults(self.removal):
+            return False  # whatever it runs
+        try:
+            return runs_as_recorded(record(small, self.program.inputs, caches=self.caches), self.removal)
+        except GraphPruneError:
+            return False
 
     # -- checking ----------------------------------------------------------------------------------------------------------------
 
     def _reference(self) -> Reference:
-        start = time.perf_counter()
-        found = reference_for(self.model, self.removal, self.masks, self.tensors)
-        self.seconds["verify"] += time.perf_counter() - start
-        return found
+        with self._timed("verify"):
+            dense = self.program.outputs if self.as_recorded else None
+            return reference_for(self.model, self.removal, self.masks, self.tensors, dense)
 
     def _check(self, small: nn.Module, reference: Reference) -> Check:
-        start = time.perf_counter()
-        check = reference.check(small)
-        self.seconds["verify"] += time.perf_counter() - start
-        return check
+        with self._timed("verify"):
+            return reference.check(small, self.caches if type(small) is type(self.model) else None)
+
+    def _cost(self, model: nn.Module, program: Program | None) -> Cost:
+        """Returns the cost of a model: from its recording, or by counting where the recording does not tell."""
+        with self._timed("count"):
+            macs = None if program is None else macs_of(program)
+            if macs is None:
+                return count(model, self.program.inputs)
+            return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 
     def _sliced(self) -> dict[str, torch.Tensor]:
-        program = self.graph.engine.program
-        tensors = {n: self.tensors.get(n, t) for n, t in program.tensors.items()}
-        tensors |= {n: t for n, t in self.tensors.items() if n not in program.aliases}
+        tensors = {n: self.tensors.get(n, t) for n, t in self.program.tensors.items()}
+        tensors |= {n: t for n, t in self.tensors.items() if n not in self.program.aliases}
         kept = {n: self.positions.get(n, {}) for n in tensors}
         return {n: like(t, sliced(t, kept[n]) if kept[n] else t.detach().clone()) for n, t in tensors.items()}
 
-    def report(self, small: nn.Module, kind: Literal["module", "graph"], reason: str, check: Check | None, plan: Plan) -> SpeedupReport:
+    def report(self, small: nn.Module, kind: Literal["module", "graph"], reason: str, check: Check | None) -> SpeedupReport:
         """Returns the report on the finished speedup."""
-        start = time.perf_counter()
-        after = count(small, self.inputs) if self.verify else None
-        self.seconds["count"] += time.perf_counter() - start
+        plan = self.plan
+        after = self._cost(small, check.program) if check is not None else None
         return SpeedupReport(
             kind=kind,
             reason=reason,

@@ -34,9 +34,15 @@ class Discovery:
     broken: tuple[str, ...] = ()
 
 
-def discover(model: nn.Module, removal: Removal) -> Discovery:
-    """Returns the attributes that must change, and what cannot be had by changing any, as far as a forward pass tells."""
-    return solved(demands(model, removal.analysis), removal)
+def discover(model: nn.Module, removal: Removal, found: Sequence[Demand] | None = None) -> Discovery:
+    """Returns the attributes that must change, and what cannot be had by changing any, as far as a forward pass tells.
+
+    Args:
+        model: left as it is.
+        removal: its recording, and what goes.
+        found: what the model's code asks of its sizes, if that has been found out already.
+    """
+    return solved(demands(model, removal.analysis) if found is None else found, removal)
 
 
 def solved(found: Sequence[Demand], removal: Removal) -> Discovery:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _NUMBERS = (bool, int, float)
+_PLAIN = frozenset({bool, int, float, str, tuple, list, set, type(None)})  # what holds nothing by name
 _SEQUENCES = (tuple, list, torch.Size)
 _DEEPEST = 3  # objects within objects within a module
+_OWN = frozenset(vars(nn.Module())) - {"training"}  # in which PyTorch keeps tensors, modules and hooks
 
 
 def numbers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -26,7 +28,7 @@ def numbers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for path, module in model.named_modules():
         ways = ((prefix, name, value) for prefix, held in _holders(module).items() for name, value in held.items())
-        found[path] = {f"{prefix}{name}": _copied(value) for prefix, name, value in ways if isinstance(name, str) and _is_plain(value)}
+        found[path] = {f"{p}{n}": _copied(v) for p, n, v in ways if isinstance(n, str) and _is_plain(v) and (p or n not in _OWN)}
     return found
 
 
@@ -57,12 +59,18 @@ def _holders(module: nn.Module) -> dict[str, dict[Any, Any]]:
     found: dict[str, dict[Any, Any]] = {}
     seen: set[int] = set()
     level: Iterable[tuple[str, dict[Any, Any]]] = [("", vars(module))]
+    own = _OWN
     for _ in range(_DEEPEST + 1):
         fresh = [(prefix, held) for prefix, held in level if id(held) not in seen]
         seen.update(id(held) for _, held in fresh)
         found.update(fresh)
-        inner = [(f"{prefix}{name}.", _inside(value)) for prefix, held in fresh for name, value in held.items() if isinstance(name, str)]
-        level = [(prefix, held) for prefix, held in inner if held is not None]
+        level = [
+            (f"{prefix}{name}.", inner)
+            for prefix, held in fresh
+            for name, value in held.items()
+            if type(value) not in _PLAIN and isinstance(name, str) and name not in own and (inner := _inside(value)) is not None
+        ]
+        own = frozenset()
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Removal:
 
     analysis: Analysis
     flags: NDArray[np.bool_]
+    _counts: dict[int, tuple[Ids, int]] = field(default_factory=dict, repr=False)  # id of labels -> them (so that the id stays), survivors
 
     def kept(self, value: Value, dim: int) -> Ids:
         """Returns the positions of a value's dimension that survive."""
@@ -37,11 +38,15 @@ class Removal:
 
     def count(self, labels: Ids) -> int:
         """Returns how many of `labels` survive."""
-        return int((~self.analysis.table.removed(labels, self.flags)).sum()) if labels.size else 0
+        known = self._counts.get(id(labels))
+        if known is None:
+            survivors = labels.size - int(self.analysis.table.removed(labels, self.flags).sum()) if labels.size else 0
+            known = self._counts[id(labels)] = (labels, survivors)
+        return known[1]
 
     def loses(self, labels: Ids) -> bool:
         """Returns whether any of `labels` goes."""
-        return bool(labels.size) and bool(self.analysis.table.removed(labels, self.flags).any())
+        return self.count(labels) < labels.size
 
 
 @dataclass(frozen=True, eq=False)

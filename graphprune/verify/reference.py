@@ -25,26 +25,39 @@ if TYPE_CHECKING:
 
     from graphprune.masks.channels import Masks
     from graphprune.surgery.rewriting import Removal
+    from graphprune.trace.program import Where
 
 
 class Reference(Protocol):
     """The masked model, ready to be compared with."""
 
-    def check(self, small: nn.Module) -> Check:
-        """Runs a shrunk model and compares."""
+    def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
+        """Runs a shrunk model and compares.
+
+        Args:
+            small: the shrunk model, left as it is.
+            caches: where it keeps tensors of earlier runs, if that is known; they are empty then.
+        """
 
     def where(self, small: nn.Module) -> str:
         """Returns where a shrunk model first departs: operator and module path."""
 
 
-def reference_for(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> Reference:
-    """Runs a model, all of it and masked.
+def reference_for(
+    model: nn.Module,
+    removal: Removal,
+    masks: Masks,
+    tensors: Mapping[str, torch.Tensor],
+    dense: list[torch.Tensor] | None = None,
+) -> Reference:
+    """Runs a model masked, and all of it, to be compared with.
 
     Args:
         model: the original model; left as it is.
         removal: its recording and what goes.
         masks: the masks behind it.
         tensors: its parameters and buffers by all their names.
+        dense: what the model as it is now returns on the recorded inputs, where that is known.
 
     Raises:
         InputError: the model or the masked model gives values that nothing can be compared with, or their comparison needs other inputs.
@@ -53,8 +66,9 @@ def reference_for(model: nn.Module, removal: Removal, masks: Masks, tensors: Map
     if is_delicate(removal.analysis.program):
         return _LockstepReference.of(model, removal, masks, tensors)
     inputs = removal.analysis.program.inputs
-    with preserve_state(model):
-        dense = output_tensors(inputs.copied().call(model))
+    if dense is None:
+        with preserve_state(model):
+            dense = output_tensors(inputs.copied().call(model))
     masked = masked_outputs(removal, masks, plain)
 
     def first_without_values(*, of_masked: bool) -> str:
@@ -82,17 +96,21 @@ class _ReplayedReference:
     outputs: list[torch.Tensor]
     effect: float
 
-    def check(self, small: nn.Module) -> Check:
-        """Runs a shrunk model and compares what it returns."""
-        error = float("inf")
+    def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
+        """Runs a shrunk model, as it is and recorded, and compares what it returns."""
+        program = self.removal.analysis.program
+        error, recorded = float("inf"), None
         try:
             with preserve_state(small):
-                error = difference(self.outputs, output_tensors(self.removal.analysis.program.inputs.copied().call(small)))
+                error = difference(self.outputs, output_tensors(program.inputs.copied().call(small)))
+            if error <= tolerance_for(program):
+                recorded = record(small, program.inputs, caches=caches)
+                error = max(error, difference(self.outputs, recorded.outputs))
         except GraphPruneError:
             raise
         except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes counts as different)
             error = float("inf")
-        return Check(error, self.effect, tolerance_for(self.removal.analysis.program))
+        return Check(error, self.effect, tolerance_for(program), program=recorded)
 
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""
@@ -129,11 +147,11 @@ class _LockstepReference:
         _require_values(dense.outputs, run.outputs, first_without_values)
         return _LockstepReference(masked_model, found, run, _effect(dense, run), tolerance_for(removal.analysis.program))
 
-    def check(self, small: nn.Module) -> Check:
+    def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
         """Runs a shrunk model and compares what it decides by, and what it returns."""
-        leader = Replay(self.run.entries, self.tolerance)
+        leader, program = Replay(self.run.entries, self.tolerance), None
         try:
-            program = lead(small, self.removal.analysis.program.inputs, leader)
+            program = lead(small, self.removal.analysis.program.inputs, leader, caches)
         except DepartureError:
             error = leader.error if leader.error > self.tolerance else float("inf")
         except InputError:
@@ -141,7 +159,7 @@ class _LockstepReference:
         else:
             error = max(leader.error, difference(self.run.outputs, program.outputs))
         empty = not any(t.numel() for t in self.run.outputs)
-        return Check(error, self.effect, self.tolerance, leader.ties, empty)
+        return Check(error, self.effect, self.tolerance, leader.ties, empty, program)
 
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""

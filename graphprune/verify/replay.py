@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Check:
         ties: how many decisions (positions, sizes, Python numbers) fell otherwise in the shrunk model though what went into them was equal
             up to rounding; it was given the masked model's, so that everything after them could be compared.
         empty: whether the outputs have no elements.
+        program: the recording of the shrunk model that was compared; None where it cannot be run.
     """
 
     error: float
@@ -50,6 +51,7 @@ class Check:
     tolerance: float
     ties: int = 0
     empty: bool = False
+    program: Program | None = field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -230,20 +232,26 @@ def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: 
     return failure or "no single operator: the programs agree node by node"
 
 
-def runs_as_recorded(small: nn.Module, removal: Removal) -> bool:
+def runs_as_recorded(small: Program | None, removal: Removal) -> bool:
     """Returns whether a shrunk model runs the recorded operators with the recorded fractions, stated or left to their defaults.
 
     Where it does not, its forward decides or computes something by the sizes that it meets, as a scale of 1 / sqrt(width). What that
     changes may be too little to be seen in the outputs for these inputs, and much for others. Where values decide what runs, only the
     defaults are compared.
+
+    Args:
+        small: the recording of the shrunk model, or None where it cannot be run.
+        removal: the recording of the original, and what goes.
     """
     program = removal.analysis.program
-    if any(removal.loses(labels) for notes in removal.analysis.notes.values() for _, labels in notes.constants.values()):
+    if relies_on_defaults(removal):
         return False
-    try:
-        return is_delicate(program) or _calls(record(small, program.inputs)) == _calls(program)
-    except GraphPruneError:
-        return False
+    return is_delicate(program) or (small is not None and _calls(small) == _calls(program))
+
+
+def relies_on_defaults(removal: Removal) -> bool:
+    """Returns whether some operator leaves a number to a default that depends on a width that changes."""
+    return any(removal.loses(labels) for notes in removal.analysis.notes.values() for _, labels in notes.constants.values())
 
 
 def _calls(program: Program) -> list[tuple[Any, list[float]]]:

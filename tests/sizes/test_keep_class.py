@@ -301,7 +301,7 @@ def test_cuts_are_equations(way: str, round_to: int, asked: tuple[int, int], kep
     model = filled(Halves(way))
     graph = gp.trace(model, tokens(2))
     names = [g.name for g in graph.groups]
-    counts = stated_widths(model, graph, dict(zip(names, asked, strict=True)), round_to)
+    counts = stated_widths(graph, demands(model, graph.engine), dict(zip(names, asked, strict=True)), round_to)
     assert tuple(counts[n] for n in names) == kept
     masks = gp.Masks(graph, {g.name: np.arange(g.channels) < counts[g.name] for g in graph.groups})
     _, report = gp.speedup(model, masks, result="module")
