@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.masks.channels import copied
+from graphprune.masks.copying import copied
 from graphprune.trace.inputs import Inputs
 
 _USE = "Let trainer(model, optimizer, criterion) call"

@@ -70,12 +70,12 @@ class Group:
     causes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
     why: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def producers(self) -> tuple[Slice, ...]:
         """The slices that compute the channels; all slices where nothing computes them (a learnt table)."""
         return tuple(s for s in self.slices if s.produces) or self.slices
 
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Qualified names of the modules that produce the channels (the parameter's own name where the model itself owns it)."""
         return tuple(dict.fromkeys(s.module or s.parameter for s in self.producers))

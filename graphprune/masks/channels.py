@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from graphprune.errors import FileError, MaskError, nearest
+from graphprune.masks.copying import copied
 from graphprune.runs.atomic import atomic
-from graphprune.trace.meta_device import require_values
+from graphprune.trace.members import Members
+from graphprune.trace.meta_device import refuse_meta
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,6 +40,7 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
         self.graph = graph
         given = dict(kept or {})
         self._kept: dict[str, NDArray[np.bool_]] = {}
+        self._positions: dict[str, dict[int, NDArray[np.int64]]] | None = None
         for group in graph.groups:
             self._kept[group.name] = _checked(group, given.pop(group.name, None))
         if given:
@@ -84,8 +86,13 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
         parts = [g.causes[~self._kept[g.name]] for g in self.graph.groups]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def positions(self) -> dict[str, dict[int, NDArray[np.int64]]]:
+    def positions(self) -> Mapping[str, Mapping[int, NDArray[np.int64]]]:
         """Returns parameter -> dim -> the positions that are kept, for every dimension that loses any."""
+        if self._positions is None:
+            self._positions = self._find_positions()
+        return self._positions
+
+    def _find_positions(self) -> dict[str, dict[int, NDArray[np.int64]]]:
         gone: dict[str, dict[int, list[NDArray[np.int64]]]] = {}
         for group in self.graph.groups:
             removed = ~self._kept[group.name]
@@ -188,38 +195,6 @@ def read_flags(path: str | os.PathLike[str], writer: str) -> tuple[dict[str, NDA
         raise FileError(f"cannot read masks from {str(path)!r}: {error}", f"Pass a file written by {writer}") from error
 
 
-def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Returns a deep copy of a module; `memo` maps ids of tensors to what stands in their place.
-
-    Tensors that hooks compute anew on every forward pass (pruning and weight normalisation of older PyTorch), or that a model keeps
-    from an earlier run, are detached first, as PyTorch copies no results of computations.
-    """
-    seen: set[int] = set()
-    for module in model.modules():
-        for tensor in _held(vars(module), seen):
-            if not tensor.is_leaf:
-                memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, memo)
-
-
-def _held(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Yields the tensors in a value: also in containers and in plain objects, but not those of modules."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    inner: Iterable[object] = ()
-    if isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, (list, tuple, set)):
-        inner = value
-    elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, (type, torch.nn.Module)):
-        inner = vars(value).values()
-    if id(value) not in seen:
-        seen.add(id(value))
-        for item in list(inner):
-            yield from _held(item, seen)
-
-
 def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:
     if mask is None:
         return np.ones(group.channels, dtype=bool)
@@ -250,15 +225,14 @@ def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         MaskError: a parameter is missing or has another shape.
         InputError: the model is on the meta device.
     """
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
+    tensors = dict(Members.of(model).tensors)
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(shape):
             is_ = found if found is not None else "missing"
             what = f"{name!r} is {is_} in {type(model).__name__}, but {tuple(shape)} where the masks were made"
             raise MaskError(what, "Use masks made for this model")
-    require_values(model, "pruning")
+    refuse_meta(model, tensors.items(), "pruning")
     return tensors
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from graphprune.errors import MaskError, nearest
-from graphprune.masks.channels import Masks, copied, read_flags, slice_tensor, tensors_of, write_flags
+from graphprune.masks.channels import Masks, read_flags, slice_tensor, tensors_of, write_flags
+from graphprune.masks.copying import copied
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
-from graphprune.masks.channels import copied
+from graphprune.masks.copying import copied
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.budgets import Plan
 from graphprune.pruners.config import split_rho

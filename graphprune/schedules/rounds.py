@@ -20,7 +20,8 @@ from graphprune.cost.count import count
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
 from graphprune.groups.build import trace
-from graphprune.masks.channels import Masks, copied
+from graphprune.masks.channels import Masks
+from graphprune.masks.copying import copied
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners import Pruner
 from graphprune.runs.checkpoint import Run, digest

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.groups.build import trace
-from graphprune.masks.channels import Masks, copied
+from graphprune.masks.channels import Masks
+from graphprune.masks.copying import copied
 from graphprune.masks.elements import ElementMasks
 from graphprune.schedules.history import Round
 from graphprune.speedup.speedup import speedup

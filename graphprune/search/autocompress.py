@@ -20,7 +20,8 @@ from graphprune.cost.count import Cost, count
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
 from graphprune.groups.build import trace
-from graphprune.masks.channels import Masks, copied, tensors_of
+from graphprune.masks.channels import Masks, tensors_of
+from graphprune.masks.copying import copied
 from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options
 from graphprune.pruners.budgets import Budget

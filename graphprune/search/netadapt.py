@@ -21,7 +21,8 @@ import numpy as np
 from graphprune.criteria import Criterion
 from graphprune.criteria.scoring import score_groups
 from graphprune.errors import ConfigError
-from graphprune.masks.channels import Masks, copied, tensors_of
+from graphprune.masks.channels import Masks, tensors_of
+from graphprune.masks.copying import copied
 from graphprune.pruners.budgets import first_met, keep_highest
 from graphprune.pruners.config import AMOUNTS
 from graphprune.runs.checkpoint import Run

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from graphprune.errors import MaskError
-from graphprune.masks.channels import copied, tensors_of
+from graphprune.masks.channels import tensors_of
+from graphprune.masks.copying import copied
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

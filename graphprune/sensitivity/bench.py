@@ -22,7 +22,8 @@ from torch import nn
 from graphprune.data.sources import generators_kept
 from graphprune.errors import ConfigError
 from graphprune.groups.build import trace
-from graphprune.masks.channels import Masks, copied
+from graphprune.masks.channels import Masks
+from graphprune.masks.copying import copied
 from graphprune.speedup.speedup import speedup
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from graphprune.cost.predict import Forecast
 from graphprune.criteria import Criterion, criterion_named
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
-from graphprune.masks.channels import Masks, copied, tensors_of
+from graphprune.masks.channels import Masks, tensors_of
+from graphprune.masks.copying import copied
 from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.budgets import Budget, Ranking, kept_count
 from graphprune.pruners.config import AMOUNTS, check_sparsity

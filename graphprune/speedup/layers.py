@@ -30,10 +30,10 @@ def layer_reports(model: nn.Module, masks: Masks, plan: Plan) -> Iterator[LayerR
     graph = masks.graph
     forecast = Forecast(model, graph)
     before, after = forecast.by_layer({}), forecast.by_layer(masks)
-    produced = _produced(graph, masks)
+    produced, notes = _produced(graph, masks), _notes(graph, plan)
     for name, cost in before.items():
         channels, kept = produced.get(name, (0, 0))
-        requested, note = _asked(name, graph, plan)
+        requested, note = plan.layers.get(name), "; ".join(notes.get(name, ()))
         if cost != Cost(0, 0):
             yield LayerReport(name, graph.modules.get(name, ""), cost, after[name], channels, kept, requested, note)
 
@@ -50,8 +50,11 @@ def _produced(graph: DependencyGraph, masks: Masks) -> dict[str, tuple[int, int]
     return out
 
 
-def _asked(layer: str, graph: DependencyGraph, plan: Plan) -> tuple[float | None, str]:
-    """Returns what was asked of a layer, and why the groups whose channels it produces lost less."""
-    own = [g.name for g in graph.groups if layer in g.layers]
-    notes = dict.fromkeys(plan.notes[name] for name in own if name in plan.notes)
-    return plan.layers.get(layer), "; ".join(notes)
+def _notes(graph: DependencyGraph, plan: Plan) -> dict[str, dict[str, None]]:
+    """Returns layer -> why the groups whose channels it produces lost less, each reason once."""
+    out: dict[str, dict[str, None]] = {}
+    for group in graph.groups:
+        if group.name in plan.notes:
+            for layer in group.layers:
+                out.setdefault(layer, {})[plan.notes[group.name]] = None
+    return out

@@ -106,7 +106,7 @@ def shrink(
         VerificationError: see `speedup`.
     """
     surgeon = _Surgeon(model, masks, plan, verify=verify, inplace=inplace, as_recorded=as_recorded)
-    before = Before.of(model)
+    before = Before.of(model, stays=not inplace)
     try:
         small, kind, reason, check = surgeon.operate(result)
         report = surgeon.report(small, kind, reason, check)

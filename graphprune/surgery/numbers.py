@@ -25,23 +25,54 @@ _OWN = frozenset(vars(nn.Module())) - {"training"}  # in which PyTorch keeps ten
 
 def numbers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns module name -> way -> value, for numbers and (nested) sequences of numbers, sequences as lists."""
+    return {path: _numbers(module) for path, module in model.named_modules()}
+
+
+def changed_numbers(before: Mapping[str, Mapping[str, Any]] | nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns module name -> way -> value of what is another number now, or stands in front of a number of the module's class.
+
+    Args:
+        before: what `numbers_of` found, or the model that `model` is a changed copy of.
+        model: the model as it is now.
+    """
+    earlier = dict(before.named_modules()) if isinstance(before, nn.Module) else before
     found = {}
     for path, module in model.named_modules():
-        ways = ((prefix, name, value) for prefix, held in _holders(module).items() for name, value in held.items())
-        found[path] = {f"{p}{n}": _copied(v) for p, n, v in ways if isinstance(n, str) and _is_plain(v) and (p or n not in _OWN)}
+        old = earlier.get(path, {})
+        if isinstance(old, nn.Module):
+            if _is_simple(vars(module)):
+                found[path] = _changed(old, module)
+                continue
+            old = _numbers(old)
+        found[path] = {
+            way: value
+            for way, value in _numbers(module).items()
+            if old.get(way, value) != value or (way not in old and isinstance(getattr(type(module), way, None), int))
+        }
+    return {path: values for path, values in found.items() if values}
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Returns way -> value for one module."""
+    ways = ((prefix, name, value) for prefix, held in _holders(module).items() for name, value in held.items())
+    return {f"{p}{n}": _copied(v) for p, n, v in ways if isinstance(n, str) and _is_plain(v) and (p or n not in _OWN)}
+
+
+def _is_simple(attributes: dict[str, Any]) -> bool:
+    """Returns whether a module holds numbers directly only, in no object of its own."""
+    return all(type(value) in _PLAIN or name in _OWN or isinstance(value, (nn.Module, torch.Tensor)) for name, value in attributes.items())
+
+
+def _changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
+    """Returns the numbers of a simple module that are others than in the one that it is a copy of, or stand in front of its class's."""
+    old, kind = vars(before), type(after)
+    found = {}
+    for name, value in vars(after).items():
+        if type(value) in _PLAIN and name not in _OWN and _is_plain(value):
+            changed = old[name] != value if name in old else isinstance(getattr(kind, name, None), int)
+            if changed:
+                found[name] = _copied(value)
     return found
-
-
-def changed_numbers(before: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Returns module name -> way -> value of what is another number now, or stands in front of a number of the module's class."""
-    modules = dict(model.named_modules())
-    changed: dict[str, dict[str, Any]] = {}
-    for path, values in numbers_of(model).items():
-        earlier = before.get(path, {})
-        for way, value in values.items():
-            if earlier.get(way, value) != value or (way not in earlier and isinstance(getattr(type(modules[path]), way, None), int)):
-                changed.setdefault(path, {})[way] = value
-    return changed
 
 
 def put_number(module: nn.Module, way: str, value: Any) -> bool:

@@ -19,6 +19,7 @@ import torch
 from graphprune.errors import MaskError
 from graphprune.surgery.arguments import described
 from graphprune.surgery.numbers import changed_numbers, numbers_of
+from graphprune.trace.members import Members
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,16 +134,21 @@ class Before:
 
     class_name: str
     shapes: Shapes
-    attributes: Attributes
+    numbers: Attributes | nn.Module
     recipe: Recipe | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Before:
-        """Looks at a model; an earlier recipe counts only while the model has the shapes that it says."""
+    def of(cls, model: nn.Module, *, stays: bool = False) -> Before:
+        """Looks at a model; an earlier recipe counts only while the model has the shapes that it says.
+
+        Args:
+            model: the model that is to be pruned.
+            stays: whether it stays as it is, so that its numbers can be read when they are needed.
+        """
         recipe = _found(model)
         if recipe is not None and recipe.small != state_shapes(model):
             recipe = None
-        return cls(type(model).__name__, all_shapes(model), numbers_of(model), recipe)
+        return cls(type(model).__name__, all_shapes(model), model if stays else numbers_of(model), recipe)
 
 
 def remember(small: nn.Module, before: Before, kind: Kind, masks: Masks) -> None:
@@ -152,7 +158,7 @@ def remember(small: nn.Module, before: Before, kind: Kind, masks: Masks) -> None
         fingerprint=masks.graph.fingerprint,
         kept=masks.positions(),
         aliases=dict(masks.graph.aliases),
-        attributes=changed_numbers(before.attributes, small) if kind == "module" else {},
+        attributes=changed_numbers(before.numbers, small) if kind == "module" else {},
         masks={name: masks[name].copy() for name in masks},
         inputs=described(masks.graph.engine.program.inputs),
     )
@@ -184,8 +190,7 @@ def recipe_of(module: nn.Module) -> Recipe:
 
 def all_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of all parameters and buffers, tied ones under each name, with buffers that the state dict leaves out."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tuple(tensor.shape) for name, tensor in named}
+    return {name: tuple(tensor.shape) for name, tensor in Members.of(model).tensors}
 
 
 def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

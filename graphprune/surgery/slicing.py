@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graphprune.masks.channels import copied
+from graphprune.masks.copying import copied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

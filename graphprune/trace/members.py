@@ -27,7 +27,8 @@ class Members:
     @staticmethod
     def of(model: nn.Module) -> Members:
         """Walks through a model."""
-        modules = list(model.named_modules(remove_duplicate=False))
+        modules: list[tuple[str, nn.Module]] = []
+        _gather(model, "", modules)
         parameters: list[tuple[str, Tensor]] = []
         buffers: list[tuple[str, Tensor]] = []
         for path, module in modules:
@@ -37,7 +38,7 @@ class Members:
                     found += [(prefix + name, tensor) for name, tensor in held.items() if tensor is not None]
         return Members(modules, parameters, buffers)
 
-    @property
+    @cached_property
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Parameters, then buffers."""
         return [*self.parameters, *self.buffers]
@@ -57,3 +58,11 @@ class Members:
     def distinct(self) -> list[nn.Module]:
         """Every module once."""
         return list(self.first_names.values())
+
+
+def _gather(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> None:
+    """Appends a module and all inside it, as `named_modules(remove_duplicate=False)` yields them."""
+    found.append((path, module))
+    for name, child in module._modules.items():  # noqa: SLF001 (`named_children` leaves out what stands in two places)
+        if child is not None:
+            _gather(child, f"{path}.{name}" if path else name, found)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError
-from graphprune.masks.channels import copied
+from graphprune.masks.copying import copied
 from graphprune.runs.checkpoint import plain
 from graphprune.training.keeping import held
 from graphprune.training.optimizers import slice_optimizer, sliced_state

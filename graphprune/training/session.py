@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from graphprune.data.distributed import all_reduce_sum, processes
 from graphprune.data.sources import Loader, checked_loss, split_batch
 from graphprune.errors import ConfigError, InputError
-from graphprune.masks.channels import copied
+from graphprune.masks.copying import copied
 from graphprune.trace.inputs import run
 
 Trainer: TypeAlias = Callable[[nn.Module, Optimizer, Any], object]

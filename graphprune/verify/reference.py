@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.masks.channels import copied
+from graphprune.masks.copying import copied
 from graphprune.surgery.slicing import like
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import preserve_state

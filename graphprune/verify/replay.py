@@ -7,14 +7,13 @@ The masked model is the original one with the removed channels' slices zeroed. W
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
@@ -136,7 +135,9 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return out
 
 
-def masked_tensor(name: str, removal: Removal, positions: dict[str, dict[int, Any]], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def masked_tensor(
+    name: str, removal: Removal, positions: Mapping[str, Mapping[int, Any]], tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """Returns a tensor of the model with zeros in the removed positions (its own memory where it has none)."""
     program = removal.analysis.program
     tensor = tensors[name] if name in tensors else program.constants[name]
@@ -261,7 +262,16 @@ def _calls(program: Program) -> list[tuple[Any, list[float]]]:
     """
     skipped = (operator.getitem, torch.ops.aten.contiguous.default)
     calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target not in skipped]
-    return [(n.target, [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, float)]) for n in calls]
+    return [(n.target, [*_fractions(n.args), *(f for v in n.kwargs.values() for f in _fractions(v))]) for n in calls]
+
+
+def _fractions(value: Any) -> Iterator[float]:
+    """Yields the fractions among nested arguments, in order."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _fractions(item)
 
 
 def _name(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import graphprune as gp
-from graphprune.verify import reference
+from graphprune.verify import reference, replay
 from tests.support.operators import filled, normal
 from tests.support.torchvision_shim import import_torchvision
 
@@ -91,7 +91,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         if type(module) in roots:
             seen.append(type(module).__name__)
 
-    original = reference.masked_outputs
+    original = replay.masked_outputs
 
     def masked(*args: Any, **kwargs: Any) -> list[Tensor]:
         seen.append("masked")
