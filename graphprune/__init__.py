@@ -4,72 +4,82 @@ A model's forward pass is recorded as a graph of operators; one rule per operato
 scores them; masks say what stays; a speedup removes the rest physically and checks that the result computes what the masked model does.
 """
 
-from graphprune.cost.count import Cost, count
-from graphprune.criteria import (
-    FPGM,
-    L1,
-    L2,
-    LAMP,
-    APoZ,
-    BNScale,
-    Criterion,
-    HessianDiagonal,
-    MeanActivation,
-    Part,
-    Random,
-    Taylor,
-    TaylorGroup,
-    Wanda,
-)
-from graphprune.errors import (
-    ConfigError,
-    ExportError,
-    FileError,
-    GraphPruneError,
-    InputError,
-    MaskError,
-    TraceError,
-    VerificationError,
-)
-from graphprune.export import ExportReport, export_onnx
-from graphprune.groups.build import trace
-from graphprune.groups.graph import DependencyGraph, Frozen, Group, Slice
-from graphprune.latency import LatencyReport, measure_latency
-from graphprune.masks.channels import Masks
-from graphprune.masks.elements import ElementMasks
-from graphprune.pruners import (
-    ActivationAPoZRankPruner,
-    ActivationMeanRankPruner,
-    ADMMPruner,
-    FPGMPruner,
-    L1NormPruner,
-    L2NormPruner,
-    LevelPruner,
-    Pruner,
-    SlimPruner,
-    TaylorFOWeightPruner,
-    WeightSparsity,
-)
-from graphprune.pruners.budgets import Budget
-from graphprune.recipes import Recipe, load, save
-from graphprune.repair import Reconstruction, ReconstructionReport, reconstruct
-from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
-from graphprune.search.amc import AMCPruner
-from graphprune.search.annealing import SimulatedAnnealingPruner
-from graphprune.search.autocompress import AutoCompressPruner
-from graphprune.search.base import SearchResult
-from graphprune.search.netadapt import NetAdaptPruner
-from graphprune.search.objective import Objective, Trial
-from graphprune.search.parallel import run_study
-from graphprune.search.studies import Study, StudyResult
-from graphprune.search.timing import OnnxLatency
-from graphprune.sensitivity.curves import Sensitivity
-from graphprune.sensitivity.greedy import SensitivityPruner
-from graphprune.sensitivity.sensitivity import sensitivity
-from graphprune.speedup.prune import prune
-from graphprune.speedup.report import SpeedupReport
-from graphprune.speedup.speedup import speedup
-from graphprune.training.calibration import recalibrate
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from threading import RLock
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphprune.cost.count import Cost, count
+    from graphprune.criteria import (
+        FPGM,
+        L1,
+        L2,
+        LAMP,
+        APoZ,
+        BNScale,
+        Criterion,
+        HessianDiagonal,
+        MeanActivation,
+        Part,
+        Random,
+        Taylor,
+        TaylorGroup,
+        Wanda,
+    )
+    from graphprune.errors import (
+        ConfigError,
+        ExportError,
+        FileError,
+        GraphPruneError,
+        InputError,
+        MaskError,
+        TraceError,
+        VerificationError,
+    )
+    from graphprune.export import ExportReport, export_onnx
+    from graphprune.groups.build import trace
+    from graphprune.groups.graph import DependencyGraph, Frozen, Group, Slice
+    from graphprune.latency import LatencyReport, measure_latency
+    from graphprune.masks.channels import Masks
+    from graphprune.masks.elements import ElementMasks
+    from graphprune.pruners import (
+        ActivationAPoZRankPruner,
+        ActivationMeanRankPruner,
+        ADMMPruner,
+        FPGMPruner,
+        L1NormPruner,
+        L2NormPruner,
+        LevelPruner,
+        Pruner,
+        SlimPruner,
+        TaylorFOWeightPruner,
+        WeightSparsity,
+    )
+    from graphprune.pruners.budgets import Budget
+    from graphprune.recipes import Recipe, load, save
+    from graphprune.repair import Reconstruction, ReconstructionReport, reconstruct
+    from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
+    from graphprune.search.amc import AMCPruner
+    from graphprune.search.annealing import SimulatedAnnealingPruner
+    from graphprune.search.autocompress import AutoCompressPruner
+    from graphprune.search.base import SearchResult
+    from graphprune.search.netadapt import NetAdaptPruner
+    from graphprune.search.objective import Objective, Trial
+    from graphprune.search.parallel import run_study
+    from graphprune.search.studies import Study, StudyResult
+    from graphprune.search.timing import OnnxLatency
+    from graphprune.sensitivity.curves import Sensitivity
+    from graphprune.sensitivity.greedy import SensitivityPruner
+    from graphprune.sensitivity.sensitivity import sensitivity
+    from graphprune.speedup.prune import prune
+    from graphprune.speedup.report import SpeedupReport
+    from graphprune.speedup.speedup import speedup
+    from graphprune.training.calibration import recalibrate
 
 __version__ = "0.1.0"
 
@@ -152,3 +162,116 @@ __all__ = [
     "speedup",
     "trace",
 ]
+
+_HOMES = {
+    "graphprune.cost.count": ("Cost", "count"),
+    "graphprune.criteria": (
+        "FPGM",
+        "L1",
+        "L2",
+        "LAMP",
+        "APoZ",
+        "BNScale",
+        "Criterion",
+        "HessianDiagonal",
+        "MeanActivation",
+        "Part",
+        "Random",
+        "Taylor",
+        "TaylorGroup",
+        "Wanda",
+    ),
+    "graphprune.errors": (
+        "ConfigError",
+        "ExportError",
+        "FileError",
+        "GraphPruneError",
+        "InputError",
+        "MaskError",
+        "TraceError",
+        "VerificationError",
+    ),
+    "graphprune.export": ("ExportReport", "export_onnx"),
+    "graphprune.groups.build": ("trace",),
+    "graphprune.groups.graph": ("DependencyGraph", "Frozen", "Group", "Slice"),
+    "graphprune.latency": ("LatencyReport", "measure_latency"),
+    "graphprune.masks.channels": ("Masks",),
+    "graphprune.masks.elements": ("ElementMasks",),
+    "graphprune.pruners": (
+        "ActivationAPoZRankPruner",
+        "ActivationMeanRankPruner",
+        "ADMMPruner",
+        "FPGMPruner",
+        "L1NormPruner",
+        "L2NormPruner",
+        "LevelPruner",
+        "Pruner",
+        "SlimPruner",
+        "TaylorFOWeightPruner",
+        "WeightSparsity",
+    ),
+    "graphprune.pruners.budgets": ("Budget",),
+    "graphprune.recipes": ("Recipe", "load", "save"),
+    "graphprune.repair": ("Reconstruction", "ReconstructionReport", "reconstruct"),
+    "graphprune.schedules": ("AGPPruner", "LinearPruner", "LotteryTicketPruner", "MovementPruner", "slice_average", "slice_optimizer"),
+    "graphprune.search.amc": ("AMCPruner",),
+    "graphprune.search.annealing": ("SimulatedAnnealingPruner",),
+    "graphprune.search.autocompress": ("AutoCompressPruner",),
+    "graphprune.search.base": ("SearchResult",),
+    "graphprune.search.netadapt": ("NetAdaptPruner",),
+    "graphprune.search.objective": ("Objective", "Trial"),
+    "graphprune.search.parallel": ("run_study",),
+    "graphprune.search.studies": ("Study", "StudyResult"),
+    "graphprune.search.timing": ("OnnxLatency",),
+    "graphprune.sensitivity.curves": ("Sensitivity",),
+    "graphprune.sensitivity.greedy": ("SensitivityPruner",),
+    "graphprune.sensitivity.sensitivity": ("sensitivity",),
+    "graphprune.speedup.prune": ("prune",),
+    "graphprune.speedup.report": ("SpeedupReport",),
+    "graphprune.speedup.speedup": ("speedup",),
+    "graphprune.training.calibration": ("recalibrate",),
+}
+"""Module -> the public names that it defines; the imports above say the same to type checkers."""
+
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_LOADING = RLock()  # the import system gives up where two threads enter one package from two sides
+
+
+class _Package(ModuleType):
+    """This package: a public name is imported when it is first asked for, so that `import graphprune` does not import torch.
+
+    A class and not a function `__getattr__` in the module, because type checkers take the latter as leave for any name, and because of
+    `__setattr__`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns a public name or a sub-package, which is kept.
+
+        Raises:
+            AttributeError: there is none of that name.
+        """
+        with _LOADING:
+            if name in _HOME_OF:
+                value = getattr(import_module(_HOME_OF[name]), name)
+            elif name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+                value = import_module(f"{__name__}.{name}")
+            else:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=self)
+            return self.__dict__.setdefault(name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets an attribute; the import system, which puts every sub-package here, is not heard where a public function has its name."""
+        if name in _HOME_OF and isinstance(value, ModuleType) and value.__name__ == f"{__name__}.{name}":
+            return
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """Returns all names, also those that nobody has asked for yet."""
+        return sorted({*self.__dict__, *__all__})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Stands for itself by its name, as a plain module does for those who pickle functions with their modules."""
+        return import_module, (self.__name__,)
+
+
+sys.modules[__name__].__class__ = _Package

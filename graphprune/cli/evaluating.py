@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 import typer
 
 from graphprune.errors import ConfigError
-from graphprune.pruners.config import AMOUNTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,6 +178,8 @@ class Space:
     @property
     def demanding(self) -> bool:
         """Whether the budget or the config list says how much is to go."""
+        from graphprune.pruners.config import AMOUNTS
+
         amounts = any(key in entry for entry in self.entries or () if isinstance(entry, Mapping) for key in AMOUNTS)
         return self.budget is not None or amounts
 

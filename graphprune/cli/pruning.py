@@ -11,7 +11,6 @@ import typer
 from graphprune.cli import arguments, files
 from graphprune.cli.screen import Screen, to_json
 from graphprune.errors import ConfigError
-from graphprune.pruners.config import check_sparsity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,6 +116,7 @@ def amount(sparsity: float | None, macs: float | None, params: float | None, con
         ConfigError: two of them say how much goes, or one is no such fraction.
     """
     from graphprune.pruners.budgets import Budget
+    from graphprune.pruners.config import check_sparsity
 
     given = [name for name, value in (("--sparsity", sparsity), ("--macs", macs), ("--params", params)) if value is not None]
     if config is not None and sparsity is not None:
