@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.ops.registry import Labels, Op, rule
+from graphprune.ops import Labels
 
 # -- the operator, as a library would ship it ------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ class Network(nn.Module):
 # -- its rule --------------------------------------------------------------------------------------------------------------------------
 
 
-def channel_norm_rule(op: Op) -> Labels:
+def channel_norm_rule(op: gp.Op) -> Labels:
     """The output has the labels of x, and each of its channels depends on a statistic across all of them."""
     labels = op.dims(op["x"])
     op.statistic(labels[1])
@@ -73,8 +73,8 @@ def main() -> None:
         print(f"  {unknown.operator} freezes {unknown.channels} channels")
     print(before.explain("conv2"))
 
-    # In a module of your own, write this as a decorator: @rule("example::channel_norm").
-    rule("example::channel_norm")(channel_norm_rule)
+    # In a module of your own, write this as a decorator: @gp.rule("example::channel_norm").
+    gp.rule("example::channel_norm")(channel_norm_rule)
 
     after = gp.trace(model, x)
     print(f"with a rule: {', '.join(f'{g.name} with {g.channels} channels' for g in after.groups)}")

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from graphprune.latency import LatencyReport, measure_latency
     from graphprune.masks.channels import Masks
     from graphprune.masks.elements import ElementMasks
+    from graphprune.ops.registry import Op, rule
     from graphprune.pruners import (
         ActivationAPoZRankPruner,
         ActivationMeanRankPruner,
@@ -124,6 +125,7 @@ __all__ = [
     "NetAdaptPruner",
     "Objective",
     "OnnxLatency",
+    "Op",
     "Part",
     "Pruner",
     "Random",
@@ -154,6 +156,7 @@ __all__ = [
     "prune",
     "recalibrate",
     "reconstruct",
+    "rule",
     "run_study",
     "save",
     "sensitivity",
@@ -197,6 +200,7 @@ _HOMES = {
     "graphprune.latency": ("LatencyReport", "measure_latency"),
     "graphprune.masks.channels": ("Masks",),
     "graphprune.masks.elements": ("ElementMasks",),
+    "graphprune.ops.registry": ("Op", "rule"),
     "graphprune.pruners": (
         "ActivationAPoZRankPruner",
         "ActivationMeanRankPruner",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
+from graphprune.ops import registry
 from graphprune.ops.registry import RULES, Op
 from tests.support.invariants import evaluate
 from tests.support.operators import Case, check, images, sequences
@@ -119,6 +120,14 @@ def test_pruned_network_computes_the_formula() -> None:
 def test_rules_are_as_before() -> None:
     """The tests of this file leave no rule behind."""
     assert OPERATOR not in RULES
+
+
+def test_rule_outside_the_folder_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block, which stands in the user's own code, registers its rule by the public names."""
+    rules: dict[str, registry.Rule] = {}
+    monkeypatch.setattr(registry, "RULES", rules)
+    own = executed(blocks()[-1])["channel_norm"]
+    assert rules == {"mine::channel_norm": own}
 
 
 def test_every_verb_is_described() -> None:
