@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.cli import demo
-from graphprune.search import DataEvaluator
+from graphprune.search.evaluators import DataEvaluator
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"]}]  # with a budget, a config list says only where
 BUDGET = gp.Budget(macs=0.6)  # what goes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.search import DataEvaluator
+from graphprune.search.evaluators import DataEvaluator
 
 LAYERS = [{"op_types": ["Conv2d"]}]  # with a budget, a config list says only where
 

@@ -15,22 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphprune.cost.count import Cost, count
-    from graphprune.criteria import (
-        FPGM,
-        L1,
-        L2,
-        LAMP,
-        APoZ,
-        BNScale,
-        Criterion,
-        HessianDiagonal,
-        MeanActivation,
-        Part,
-        Random,
-        Taylor,
-        TaylorGroup,
-        Wanda,
-    )
+    from graphprune.criteria.activations import APoZ, MeanActivation
+    from graphprune.criteria.base import Criterion, Part
+    from graphprune.criteria.distances import FPGM
+    from graphprune.criteria.gradients import HessianDiagonal, Taylor, TaylorGroup
+    from graphprune.criteria.inputs import Wanda
+    from graphprune.criteria.norms import L1, L2
+    from graphprune.criteria.relative import LAMP, Random
+    from graphprune.criteria.scales import BNScale
     from graphprune.errors import (
         ConfigError,
         ExportError,
@@ -48,23 +40,21 @@ if TYPE_CHECKING:
     from graphprune.masks.channels import Masks
     from graphprune.masks.elements import ElementMasks
     from graphprune.ops.registry import Op, rule
-    from graphprune.pruners import (
-        ActivationAPoZRankPruner,
-        ActivationMeanRankPruner,
-        ADMMPruner,
-        FPGMPruner,
-        L1NormPruner,
-        L2NormPruner,
-        LevelPruner,
-        Pruner,
-        SlimPruner,
-        TaylorFOWeightPruner,
-        WeightSparsity,
-    )
+    from graphprune.pruners.admm import ADMMPruner
+    from graphprune.pruners.base import Pruner
     from graphprune.pruners.budgets import Budget
-    from graphprune.recipes import Recipe, load, save
-    from graphprune.repair import Reconstruction, ReconstructionReport, reconstruct
-    from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner, MovementPruner, slice_average, slice_optimizer
+    from graphprune.pruners.data import ActivationAPoZRankPruner, ActivationMeanRankPruner, TaylorFOWeightPruner
+    from graphprune.pruners.level import LevelPruner, WeightSparsity
+    from graphprune.pruners.norms import FPGMPruner, L1NormPruner, L2NormPruner
+    from graphprune.pruners.slim import SlimPruner
+    from graphprune.recipes.files import save
+    from graphprune.recipes.replay import load
+    from graphprune.repair.rebuilding import Reconstruction, reconstruct
+    from graphprune.repair.report import ReconstructionReport
+    from graphprune.schedules.gradual import AGPPruner
+    from graphprune.schedules.lottery import LotteryTicketPruner
+    from graphprune.schedules.movement import MovementPruner
+    from graphprune.schedules.rounds import LinearPruner
     from graphprune.search.amc import AMCPruner
     from graphprune.search.annealing import SimulatedAnnealingPruner
     from graphprune.search.autocompress import AutoCompressPruner
@@ -80,7 +70,9 @@ if TYPE_CHECKING:
     from graphprune.speedup.prune import prune
     from graphprune.speedup.report import SpeedupReport
     from graphprune.speedup.speedup import speedup
+    from graphprune.surgery.recipe import Recipe
     from graphprune.training.calibration import recalibrate
+    from graphprune.training.optimizers import slice_average, slice_optimizer
 
 __version__ = "0.1.0"
 
@@ -168,22 +160,14 @@ __all__ = [
 
 _HOMES = {
     "graphprune.cost.count": ("Cost", "count"),
-    "graphprune.criteria": (
-        "FPGM",
-        "L1",
-        "L2",
-        "LAMP",
-        "APoZ",
-        "BNScale",
-        "Criterion",
-        "HessianDiagonal",
-        "MeanActivation",
-        "Part",
-        "Random",
-        "Taylor",
-        "TaylorGroup",
-        "Wanda",
-    ),
+    "graphprune.criteria.activations": ("APoZ", "MeanActivation"),
+    "graphprune.criteria.base": ("Criterion", "Part"),
+    "graphprune.criteria.distances": ("FPGM",),
+    "graphprune.criteria.gradients": ("HessianDiagonal", "Taylor", "TaylorGroup"),
+    "graphprune.criteria.inputs": ("Wanda",),
+    "graphprune.criteria.norms": ("L1", "L2"),
+    "graphprune.criteria.relative": ("LAMP", "Random"),
+    "graphprune.criteria.scales": ("BNScale",),
     "graphprune.errors": (
         "ConfigError",
         "ExportError",
@@ -201,23 +185,21 @@ _HOMES = {
     "graphprune.masks.channels": ("Masks",),
     "graphprune.masks.elements": ("ElementMasks",),
     "graphprune.ops.registry": ("Op", "rule"),
-    "graphprune.pruners": (
-        "ActivationAPoZRankPruner",
-        "ActivationMeanRankPruner",
-        "ADMMPruner",
-        "FPGMPruner",
-        "L1NormPruner",
-        "L2NormPruner",
-        "LevelPruner",
-        "Pruner",
-        "SlimPruner",
-        "TaylorFOWeightPruner",
-        "WeightSparsity",
-    ),
+    "graphprune.pruners.admm": ("ADMMPruner",),
+    "graphprune.pruners.base": ("Pruner",),
     "graphprune.pruners.budgets": ("Budget",),
-    "graphprune.recipes": ("Recipe", "load", "save"),
-    "graphprune.repair": ("Reconstruction", "ReconstructionReport", "reconstruct"),
-    "graphprune.schedules": ("AGPPruner", "LinearPruner", "LotteryTicketPruner", "MovementPruner", "slice_average", "slice_optimizer"),
+    "graphprune.pruners.data": ("ActivationAPoZRankPruner", "ActivationMeanRankPruner", "TaylorFOWeightPruner"),
+    "graphprune.pruners.level": ("LevelPruner", "WeightSparsity"),
+    "graphprune.pruners.norms": ("FPGMPruner", "L1NormPruner", "L2NormPruner"),
+    "graphprune.pruners.slim": ("SlimPruner",),
+    "graphprune.recipes.files": ("save",),
+    "graphprune.recipes.replay": ("load",),
+    "graphprune.repair.rebuilding": ("Reconstruction", "reconstruct"),
+    "graphprune.repair.report": ("ReconstructionReport",),
+    "graphprune.schedules.gradual": ("AGPPruner",),
+    "graphprune.schedules.lottery": ("LotteryTicketPruner",),
+    "graphprune.schedules.movement": ("MovementPruner",),
+    "graphprune.schedules.rounds": ("LinearPruner",),
     "graphprune.search.amc": ("AMCPruner",),
     "graphprune.search.annealing": ("SimulatedAnnealingPruner",),
     "graphprune.search.autocompress": ("AutoCompressPruner",),
@@ -233,7 +215,9 @@ _HOMES = {
     "graphprune.speedup.prune": ("prune",),
     "graphprune.speedup.report": ("SpeedupReport",),
     "graphprune.speedup.speedup": ("speedup",),
+    "graphprune.surgery.recipe": ("Recipe",),
     "graphprune.training.calibration": ("recalibrate",),
+    "graphprune.training.optimizers": ("slice_average", "slice_optimizer"),
 }
 """Module -> the public names that it defines; the imports above say the same to type checkers."""
 
@@ -270,8 +254,8 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        """Returns all names, also those that nobody has asked for yet."""
-        return sorted({*self.__dict__, *__all__})
+        """Returns the public names, also those that nobody has asked for yet, and what every module has."""
+        return sorted({*__all__, *(name for name in self.__dict__ if name.startswith("__"))})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Stands for itself by its name, as a plain module does for those who pickle functions with their modules."""

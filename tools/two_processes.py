@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.cli.demo import Digits
-    from graphprune.search import Objective
+    from graphprune.search.objective import Objective
 
 EPOCHS = 12  # of the training before the search
 

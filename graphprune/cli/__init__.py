@@ -27,8 +27,6 @@ app.command("verify")(verifying.verify)
 app.command("export")(exporting.export)
 app.command("bench")(exporting.bench)
 
-__all__ = ["app", "main"]
-
 
 def main() -> None:
     """Runs the command line on the arguments of the process, and exits: 0 fine, 1 a check failed or a defect, 2 a clear "no"."""

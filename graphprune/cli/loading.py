@@ -89,7 +89,7 @@ class Loaded:
         Raises:
             FileError, MaskError: the file cannot be read, or was made of another model.
         """
-        from graphprune.recipes import load
+        from graphprune.recipes.replay import load
 
         small = load(self.source.build(), path, self.inputs)
         pruned = Loaded(replace(self.request, weights=path), self.source, small, self.inputs)

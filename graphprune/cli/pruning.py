@@ -129,7 +129,7 @@ def amount(sparsity: float | None, macs: float | None, params: float | None, con
 
 def write_models(screen: Screen, folder: Path, loaded: Loaded, small: nn.Module, *, onnx: bool) -> dict[str, Any]:
     """Writes the tensors and, where asked for, the ONNX files; returns the facts of the latter by name."""
-    from graphprune.recipes import save
+    from graphprune.recipes.files import save
 
     with screen.busy("saving"):
         save(small, folder / "pruned.safetensors")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from graphprune.masks.channels import Masks
-    from graphprune.recipes import Recipe, Step
+    from graphprune.surgery.recipe import Recipe, Step
     from graphprune.trace.inputs import Inputs
     from graphprune.verify.replay import Check
 
@@ -42,7 +42,7 @@ def verify(
     Describe the dense model as it was when it was pruned: the same name, weights and seed.
     """
     from graphprune.cli.loading import Request
-    from graphprune.recipes import recipe_of
+    from graphprune.surgery.recipe import recipe_of
     from graphprune.verify.replay import Check
 
     screen: Screen = ctx.obj
@@ -111,7 +111,7 @@ def other_values(dense: nn.Module, small: nn.Module, recipe: Recipe) -> list[str
     """Returns the tensors of the pruned model that are no slices of the dense model's."""
     import torch
 
-    from graphprune.recipes import slice_state_dict
+    from graphprune.recipes.replay import slice_state_dict
 
     expected = slice_state_dict(recipe, dense.state_dict())
     state = small.state_dict()

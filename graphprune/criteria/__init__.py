@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphprune.criteria.activations import APoZ, MeanActivation
-from graphprune.criteria.base import Criterion, Part, Sees, is_comparable, seen_by
+from graphprune.criteria.base import Criterion
 from graphprune.criteria.distances import FPGM
 from graphprune.criteria.gradients import HessianDiagonal, Taylor, TaylorGroup
 from graphprune.criteria.inputs import Wanda
 from graphprune.criteria.norms import L1, L2
-from graphprune.criteria.relative import LAMP, Random, lamp
+from graphprune.criteria.relative import LAMP, Random
 from graphprune.criteria.scales import BNScale
 from graphprune.errors import ConfigError, nearest
 
@@ -43,27 +43,3 @@ def criterion_named(name: str | Criterion) -> Criterion:
     except KeyError:
         hint = nearest(name, CRITERIA) or f"Choose one of {', '.join(CRITERIA)}"
         raise ConfigError(f"no criterion is called {name!r}", hint) from None
-
-
-__all__ = [
-    "CRITERIA",
-    "FPGM",
-    "L1",
-    "L2",
-    "LAMP",
-    "APoZ",
-    "BNScale",
-    "Criterion",
-    "HessianDiagonal",
-    "MeanActivation",
-    "Part",
-    "Random",
-    "Sees",
-    "Taylor",
-    "TaylorGroup",
-    "Wanda",
-    "criterion_named",
-    "is_comparable",
-    "lamp",
-    "seen_by",
-]

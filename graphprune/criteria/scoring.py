@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
-from graphprune.criteria import Part, seen_by
-from graphprune.criteria.statistics import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
+from graphprune.criteria.base import Part, seen_by
+from graphprune.criteria.statistics.activations import observe_activations
+from graphprune.criteria.statistics.curvature import observe_curvature
+from graphprune.criteria.statistics.gradients import observe_joint, observe_products
+from graphprune.criteria.statistics.inputs import observe_inputs
 from graphprune.data.distributed import broadcast_from_first
 from graphprune.errors import ConfigError, MaskError
 from graphprune.groups.graph import Slice
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from graphprune.criteria import Criterion
+    from graphprune.criteria.base import Criterion
     from graphprune.data.sources import Source
     from graphprune.groups.graph import DependencyGraph, Group
 

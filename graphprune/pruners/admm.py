@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import Unpack
 
-    from graphprune.criteria import Part
+    from graphprune.criteria.base import Part
     from graphprune.masks.channels import Masks
     from graphprune.masks.elements import ElementMasks
     from graphprune.training.session import MakeOptimizer, Trainer

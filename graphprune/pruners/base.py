@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
-from graphprune.criteria import Criterion, criterion_named, is_comparable, seen_by
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion, is_comparable, seen_by
 from graphprune.criteria.scoring import DATA_FREE, Aggregation, Scope, Scores, score_groups
 from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError, InputError, nearest

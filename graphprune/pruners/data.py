@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphprune.criteria import APoZ, MeanActivation, Taylor
+from graphprune.criteria.activations import APoZ, MeanActivation
+from graphprune.criteria.gradients import Taylor
 from graphprune.data.sources import source
 from graphprune.pruners.base import Options, Pruner
 from graphprune.training.session import refuse_evaluator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-    from graphprune.criteria import Criterion
+    from graphprune.criteria.base import Criterion
 
 
 class _DataPruner(Pruner):

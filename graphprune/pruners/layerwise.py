@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from graphprune.criteria import Part
+from graphprune.criteria.base import Part
 from graphprune.errors import MaskError
 from graphprune.groups.graph import Slice
 from graphprune.masks.elements import ElementMasks
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from graphprune.criteria import Criterion
+    from graphprune.criteria.base import Criterion
     from graphprune.criteria.scoring import Scores
     from graphprune.groups.graph import DependencyGraph
     from graphprune.pruners.config import ResolvedConfig

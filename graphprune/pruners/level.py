@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
-from graphprune.criteria import lamp
+from graphprune.criteria.relative import lamp
 from graphprune.errors import ConfigError, InputError
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.config import LayerConfig, resolve

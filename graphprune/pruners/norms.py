@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graphprune.criteria import FPGM, L1, L2
+from graphprune.criteria.distances import FPGM
+from graphprune.criteria.norms import L1, L2
 from graphprune.pruners.base import Options, Pruner
 from graphprune.training.session import refuse_former
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphprune.criteria import BNScale
+from graphprune.criteria.scales import BNScale
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.pruners.base import Options, Pruner

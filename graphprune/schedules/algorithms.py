@@ -10,26 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 
-from graphprune.criteria import FPGM
+from graphprune.criteria.distances import FPGM
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
-from graphprune.pruners import (
-    ActivationAPoZRankPruner,
-    ActivationMeanRankPruner,
-    ADMMPruner,
-    FPGMPruner,
-    L1NormPruner,
-    L2NormPruner,
-    LevelPruner,
-    Pruner,
-    SlimPruner,
-    TaylorFOWeightPruner,
-)
+from graphprune.pruners.admm import ADMMPruner
+from graphprune.pruners.base import Pruner
+from graphprune.pruners.data import ActivationAPoZRankPruner, ActivationMeanRankPruner, TaylorFOWeightPruner
+from graphprune.pruners.level import LevelPruner
+from graphprune.pruners.norms import FPGMPruner, L1NormPruner, L2NormPruner
+from graphprune.pruners.slim import SlimPruner
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from graphprune.criteria import Part
+    from graphprune.criteria.base import Part
     from graphprune.criteria.scoring import Scores
     from graphprune.groups.graph import DependencyGraph
     from graphprune.masks.elements import ElementMasks

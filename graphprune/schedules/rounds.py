@@ -23,7 +23,7 @@ from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
 from graphprune.masks.copying import copied
 from graphprune.masks.elements import ElementMasks
-from graphprune.pruners import Pruner
+from graphprune.pruners.base import Pruner
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import keep_history
 from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of

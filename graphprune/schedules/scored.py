@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from graphprune.criteria import L1, Part
+from graphprune.criteria.base import Part
+from graphprune.criteria.norms import L1
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
 from graphprune.masks.elements import ElementMasks

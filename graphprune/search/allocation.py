@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from graphprune.criteria import FPGM, Criterion, criterion_named
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion
+from graphprune.criteria.distances import FPGM
 from graphprune.masks.channels import Masks
 from graphprune.pruners.budgets import keep_highest
 from graphprune.schedules.algorithms import FPGMOfKept

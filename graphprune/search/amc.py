@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphprune.cost.predict import Forecast
-from graphprune.criteria import Criterion
+from graphprune.criteria.base import Criterion
 from graphprune.pruners.budgets import first_met, keep_highest
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import keep_history
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from graphprune.cost.count import Cost
     from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
-    from graphprune.repair import Reconstruction
+    from graphprune.repair.rebuilding import Reconstruction
 
 _KIND = "amc"
 FEATURES = ("index", "channels", "elements", "params", "macs", "reduced", "rest", "before")

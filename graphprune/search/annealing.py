@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphprune.criteria import Criterion
+from graphprune.criteria.base import Criterion
 from graphprune.errors import ConfigError
 from graphprune.search.base import SearchResult, run
 from graphprune.search.objective import Sparsities, Trial
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from graphprune.data.sources import Source
     from graphprune.pruners.base import Options
-    from graphprune.repair import Reconstruction
+    from graphprune.repair.rebuilding import Reconstruction
 
 HOT, COLD = 4.0, 0.04  # temperatures in units of the spread: a median loss is accepted with probability 0.78 at first, 1e-11 at last
 _LEAPS = 0.2  # share of the candidates that may be anywhere: small steps alone end in what is best nearby

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
-from graphprune.criteria import Criterion, criterion_named, seen_by
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion, seen_by
 from graphprune.criteria.scoring import DATA_FREE
 from graphprune.errors import ConfigError, nearest
 from graphprune.pruners.admm import Convergence

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from graphprune.criteria import Criterion
+from graphprune.criteria.base import Criterion
 from graphprune.criteria.scoring import score_groups
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks, tensors_of

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from graphprune.cost.count import Cost
 from graphprune.cost.predict import Forecast
-from graphprune.criteria import Criterion, criterion_named
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
@@ -23,7 +24,7 @@ from graphprune.pruners.base import Options, Pruner
 from graphprune.pruners.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
 from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
-from graphprune.repair import Reconstruction
+from graphprune.repair.rebuilding import Reconstruction
 from graphprune.runs.checkpoint import digest
 from graphprune.sensitivity.bench import finite
 from graphprune.sizes.watch import Demand, demands

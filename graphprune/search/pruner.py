@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from graphprune.criteria import Criterion
+from graphprune.criteria.base import Criterion
 from graphprune.errors import ConfigError
 from graphprune.search.objective import Constraint, Objective, Trial
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from graphprune.cost.predict import Forecast
-from graphprune.criteria import Criterion, criterion_named
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks, tensors_of

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from graphprune.cost.predict import Forecast
-from graphprune.criteria import Criterion, criterion_named
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import tensors_of

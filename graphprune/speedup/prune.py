@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphprune.criteria import Criterion, criterion_named
+from graphprune.criteria import criterion_named
+from graphprune.criteria.base import Criterion
 from graphprune.criteria.scoring import Aggregation, Scope
 from graphprune.data.sources import source
 from graphprune.errors import ConfigError

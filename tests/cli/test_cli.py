@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import graphprune
-from graphprune.cli import app
+from graphprune.cli.app import app
 from graphprune.cli.loading import Request, parse_inputs, read_tensors
 from graphprune.cli.sources import find
 from graphprune.errors import FileError, InputError
 from graphprune.groups import build
-from graphprune.recipes import load
+from graphprune.recipes.replay import load
 
 MODELS = '''
 import torch
@@ -344,7 +344,7 @@ def test_verify_tells_a_difference(pruned: tuple[Path, dict[str, Any]], net: str
     small = load(find(net).build(), out / "pruned.safetensors")
     with torch.no_grad():
         small.get_parameter("fc.bias").add_(1.0)
-    graphprune.recipes.save(small, tmp_path / "changed.safetensors")
+    graphprune.save(small, tmp_path / "changed.safetensors")
     facts = done("verify", net, *IMAGE, "--pruned", tmp_path / "changed.safetensors", code=1)
     assert not facts["passed"]
     assert facts["changed"] == ["fc.bias"]

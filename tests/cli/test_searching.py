@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune.cli import app
+from graphprune.cli.app import app
 from graphprune.cli.sources import find
 from graphprune.search.evaluators import DataEvaluator
 from tests.support.cli_models import DATA

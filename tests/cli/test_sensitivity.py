@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune.cli import app
+from graphprune.cli.app import app
 from graphprune.cli.sources import find
 from tests.support.cli_models import DATA
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import graphprune as gp
 from graphprune import compat
-from graphprune.schedules import agp
+from graphprune.schedules.functions import agp
 from tests.support.handmade import Residual, residual
 from tests.support.noise import trainer
 from tests.support.operators import Network

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 import graphprune as gp
-from graphprune.criteria import CRITERIA, Criterion, criterion_named, is_comparable, lamp, seen_by
+from graphprune.criteria import CRITERIA, criterion_named
+from graphprune.criteria.base import Criterion, is_comparable, seen_by
+from graphprune.criteria.relative import lamp
 
 Index = NDArray[np.int64]
 Values = list[list[float]]

@@ -12,15 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.criteria.statistics import (
-    Observed,
-    observe_activations,
-    observe_curvature,
-    observe_inputs,
-    observe_joint,
-    observe_products,
-)
-from graphprune.criteria.statistics.curvature import signs
+from graphprune.criteria.statistics.activations import Observed, observe_activations
+from graphprune.criteria.statistics.curvature import observe_curvature, signs
+from graphprune.criteria.statistics.gradients import observe_joint, observe_products
+from graphprune.criteria.statistics.inputs import observe_inputs
 from graphprune.data.sources import Loader, Trainer
 from graphprune.errors import ConfigError, InputError
 from tests.support.operators import Network, conv, filled, images, normal, sequences, vectors

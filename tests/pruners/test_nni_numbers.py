@@ -17,7 +17,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.cost.count import count_by_module
-from graphprune.criteria import Criterion
+from graphprune.criteria.base import Criterion
 from tests.support.networks import build
 from tests.support.operators import Network, conv, filled, images, normal
 from tests.support.outputs import relative_error

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import fx, nn
 
 from graphprune import InputError, MaskError, export_onnx, prune
-from graphprune.recipes import load, recipe_of, save, slice_state_dict
+from graphprune.recipes.files import save
+from graphprune.recipes.replay import load, slice_state_dict
+from graphprune.surgery.recipe import recipe_of
 from tests.support.networks import call, randomise
 from tests.support.outputs import flatten_outputs
 from tests.support.recipe_cases import CASES, IMAGES, Shuffled, built, every_case, metadata_of, outputs, shrunk

@@ -14,7 +14,9 @@ from torch import nn
 
 from graphprune import FileError, GraphPruneError, MaskError, prune
 from graphprune.recipes import files as recipe_files
-from graphprune.recipes import load, recipe_of, save, slice_state_dict
+from graphprune.recipes.files import save
+from graphprune.recipes.replay import load, slice_state_dict
+from graphprune.surgery.recipe import recipe_of
 from tests.support.recipe_cases import CASES, IMAGES, built, every_case, metadata_of, shrunk
 from tests.support.untouched import changes, snapshot
 

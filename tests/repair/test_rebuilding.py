@@ -19,7 +19,8 @@ import graphprune as gp
 from graphprune.cli import demo
 from graphprune.data.sources import Loader, Trainer
 from graphprune.errors import ConfigError, FileError, InputError, MaskError
-from graphprune.repair import LeftAlone, readers
+from graphprune.repair import readers
+from graphprune.repair.report import LeftAlone
 from graphprune.trace.inputs import normalise
 from tests.support.operators import Network, conv, filled, images, normal, sequences, table, words
 from tests.support.random_networks import Drawn, build, inputs_of

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.pruners.budgets import kept_count
-from graphprune.recipes import recipe_of
 from graphprune.recipes.replay import slice_state_dict
-from graphprune.schedules import LotteryTicketPruner
+from graphprune.schedules.lottery import LotteryTicketPruner
+from graphprune.surgery.recipe import recipe_of
 
 Batches = list[tuple[Tensor, Tensor]]
 EVERYTHING = [{"sparsity": 0.7, "op_types": ["default"]}]

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import graphprune as gp
-from graphprune.schedules import MovementPruner, agp
+from graphprune.schedules.functions import agp
+from graphprune.schedules.movement import MovementPruner
 from tests.support.bytes import Batches, ByteTransformer, next_byte
 from tests.support.untouched import changes, snapshot
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import graphprune as gp
-from graphprune.schedules import Movement, MovementPruner
+from graphprune.schedules.history import Movement
+from graphprune.schedules.movement import MovementPruner
 from graphprune.training.session import Trainer
 from tests.support.killing import FORKS, kill, same
 

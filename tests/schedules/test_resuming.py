@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner
+from graphprune.schedules.gradual import AGPPruner
+from graphprune.schedules.lottery import LotteryTicketPruner
+from graphprune.schedules.rounds import LinearPruner
 from tests.support.killing import FORKS, kill
 
 

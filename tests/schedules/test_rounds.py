@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.pruners import L1NormPruner
 from graphprune.pruners.budgets import kept_count
-from graphprune.recipes import recipe_of
-from graphprune.schedules import AGPPruner, LinearPruner, LotteryTicketPruner
+from graphprune.pruners.norms import L1NormPruner
 from graphprune.schedules.functions import agp
+from graphprune.schedules.gradual import AGPPruner
+from graphprune.schedules.lottery import LotteryTicketPruner
+from graphprune.schedules.rounds import LinearPruner
+from graphprune.surgery.recipe import recipe_of
 
 Batches = list[tuple[Tensor, Tensor]]
 EVERYTHING = [{"sparsity": 0.6, "op_types": ["default"]}]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphprune as gp
-from graphprune.schedules import AGP, Constant, Exponential, Joined, Linear, agp
+from graphprune.schedules.functions import AGP, Constant, Exponential, Joined, Linear, agp
 
 
 @given(st.integers(0, 20), st.integers(1, 12), st.integers(1, 7), st.floats(0, 0.5), st.floats(0.5, 0.99))

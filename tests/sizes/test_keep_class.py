@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune.cli import app
+from graphprune.cli.app import app
 from graphprune.sizes.expressions import Arithmetic, Attribute, Extent, Tracked, Trail, evaluate, inverse
 from graphprune.sizes.watch import demands
 from graphprune.sizes.widths import stated_widths

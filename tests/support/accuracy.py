@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.cli.demo import BATCH, FINETUNE_LR, LR, Digits, accuracy, build, train
-from graphprune.criteria import CRITERIA, Criterion
+from graphprune.criteria import CRITERIA
+from graphprune.criteria.base import Criterion
 from graphprune.runs.atomic import atomic
 
 Side: TypeAlias = Literal["graphprune", "torch-pruning"]

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 import graphprune as gp
-from graphprune.criteria import APoZ, Taylor
+from graphprune.criteria.activations import APoZ
+from graphprune.criteria.gradients import Taylor
 from graphprune.criteria.scoring import score_groups
-from graphprune.criteria.statistics import observe_activations, observe_curvature, observe_inputs, observe_joint, observe_products
+from graphprune.criteria.statistics.activations import observe_activations
+from graphprune.criteria.statistics.curvature import observe_curvature
+from graphprune.criteria.statistics.gradients import observe_joint, observe_products
+from graphprune.criteria.statistics.inputs import observe_inputs
 from graphprune.data.distributed import all_reduce_sum, broadcast_from_first
 from graphprune.data.sources import Loader
 from tests.support.operators import Network, conv, filled, normal

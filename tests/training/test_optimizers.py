@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import graphprune as gp
-from graphprune.schedules import slice_average, slice_optimizer
+from graphprune.training.optimizers import slice_average, slice_optimizer
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
