@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from graphprune.training.calibration import recalibrate
     from graphprune.training.optimizers import slice_average, slice_optimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "FPGM",
