@@ -20,15 +20,16 @@ from torch.utils.flop_counter import flop_registry
 from graphprune.cost.count import Cost, count
 from graphprune.data.sources import generators_kept
 from graphprune.ops.registry import Value, named_arguments
+from graphprune.torch_private import is_composite, is_operator, name_of
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import fx, nn
-    from torch._ops import OpOverload
 
     from graphprune.groups.graph import DependencyGraph
     from graphprune.ops.labels import Ids
+    from graphprune.torch_private import OpOverload
     from graphprune.trace.program import Program
 
 _MULTIPLIES = re.compile(
@@ -150,9 +151,9 @@ def macs_of(program: Program) -> int | None:
     """
     total = 0
     for node in program.graph.nodes:
-        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        if not is_operator(node.target):
             continue
-        formula = FORMULAS.get(node.target._schema.name)  # noqa: SLF001 (the schema is documented)
+        formula = FORMULAS.get(name_of(node.target))
         if formula is None or not _covers(node):
             if may_multiply(node.target):
                 return None
@@ -176,10 +177,7 @@ def _shaped(argument: Any) -> Any:
 def _covers(node: fx.Node) -> bool:
     """Returns whether the formula of an operator holds for a call of it: that of `einsum` is one for two operands."""
     target: Any = node.target
-    if target._schema.name != "aten::einsum":  # noqa: SLF001 (the schema is documented)
-        return True
-    operands = named_arguments(target, node.args, node.kwargs)["tensors"]
-    return len(operands) < 3
+    return name_of(target) != "aten::einsum" or len(named_arguments(target, node.args, node.kwargs)["tensors"]) < 3
 
 
 @cache
@@ -188,10 +186,10 @@ def may_multiply(target: OpOverload) -> bool:
 
     Of ATen's, those that are taken apart are told by their names: which ones multiply matrices does not change from call to call.
     """
-    name = target._schema.name  # noqa: SLF001 (the schema is documented)
+    name = name_of(target)
     if name in FORMULAS or target.overloadpacket in flop_registry:
         return True
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):  # noqa: SLF001 (no public spelling)
+    if not is_composite(target):
         return False
     if torch.Tag.pointwise in target.tags or _RESIZES.match(name):
         return False
@@ -203,7 +201,7 @@ def _multiplications(graph: DependencyGraph) -> list[tuple[str, Dims]]:
     values = graph.engine.values
     out = []
     for node in graph.engine.program.graph.nodes:
-        formula = FORMULAS.get(getattr(getattr(node.target, "_schema", None), "name", ""))
+        formula = FORMULAS.get(name_of(node.target)) if is_operator(node.target) else None
         if formula is not None:
             result = values.get(node)
             arguments = {name: _value(a, values) for name, a in named_arguments(node.target, node.args, node.kwargs).items()}

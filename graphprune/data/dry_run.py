@@ -21,6 +21,7 @@ from torch.optim import SGD, Optimizer
 
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.masks.copying import copied
+from graphprune.torch_private import forward_hooks
 from graphprune.trace.inputs import Inputs
 
 _USE = "Let trainer(model, optimizer, criterion) call"
@@ -68,7 +69,7 @@ class DryRun:
             InputError: it fails, never calls the model that it is given, or, where losses matter, never calls the criterion.
         """
         handed = self._handed
-        for hooks in (handed._forward_hooks, handed._forward_pre_hooks):  # noqa: SLF001 (the stage runs its own)
+        for hooks in forward_hooks(handed):  # the stage runs its own
             hooks.clear()
         handed.forward = functools.update_wrapper(functools.partial(self._forward), self._model.forward)
         with self._original_untouched():

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError
 from graphprune.export.quiet import quiet
+from graphprune.torch_private import pytree
 from graphprune.trace.inputs import Inputs, preserve_state, run
 
 _DAMPING = 0.875  # exact in floating point; also moves what depends on the largest value, and keeps values in their range

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
-import torch
+from graphprune.torch_private import graph_printer, set_graph_printer
 
 
 @contextmanager
@@ -30,13 +30,12 @@ def _no_graph_dump() -> Iterator[None]:
 
     PyTorch switches that on in every export; the function that prints is all that can be reached.
     """
-    name = "_jit_onnx_log"
-    printer = getattr(torch._C, name, None)  # noqa: SLF001 - the printing is done in C++, and has no public switch
+    printer = graph_printer()
     if printer is None:
         yield
         return
-    setattr(torch._C, name, lambda *_: None)  # noqa: SLF001
+    set_graph_printer(lambda *_: None)
     try:
         yield
     finally:
-        setattr(torch._C, name, printer)  # noqa: SLF001
+        set_graph_printer(printer)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from graphprune.torch_private import is_operator, name_of, schema_of
+
 if TYPE_CHECKING:
     from torch import fx
 
@@ -52,16 +54,15 @@ def _aliased(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     if node.op != "call_function":
         return [], []
     target: Any = node.target
-    schema = getattr(target, "_schema", None)
-    if schema is None:
+    if not is_operator(target):
         return [], node.all_input_nodes[:1]  # one tensor out of a list of them
     written: list[fx.Node] = []
     shared: list[fx.Node] = []
-    for i, argument in enumerate(schema.arguments):
+    for i, argument in enumerate(schema_of(target).arguments):
         value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
         if argument.alias_info is not None:
             (written if argument.alias_info.is_write else shared).extend(_nodes(value))
-    if schema.name in _HANDS_ON:
+    if name_of(target) in _HANDS_ON:
         shared += node.all_input_nodes[:1]
     return written, shared
 

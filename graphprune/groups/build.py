@@ -20,6 +20,7 @@ from graphprune.groups.other_paths import RandomBranches
 from graphprune.groups.propagate import Analysis, extend, label
 from graphprune.ops.labels import FROZEN, Ids
 from graphprune.ops.registry import UNBOUND, Value, Why
+from graphprune.torch_private import name_of
 from graphprune.trace.data_dependent import decisions_of, operators_of
 from graphprune.trace.program import Program, info
 from graphprune.trace.recorder import record
@@ -214,7 +215,7 @@ def _changed(analysis: Analysis, groups: list[Ids]) -> list[tuple[str, ...]]:
     for node, notes in analysis.notes.items():
         for labels in notes.statistics:
             target: Any = node.target
-            text = target._schema.name.removeprefix("aten::") + (f" in {info(node).module}" if info(node).module else "")  # noqa: SLF001
+            text = name_of(target).removeprefix("aten::") + (f" in {info(node).module}" if info(node).module else "")
             which = distinct.number(labels)
             if which == len(touched):
                 owners = Layout.of(labels, analysis.table).owners

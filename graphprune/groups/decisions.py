@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from graphprune.ops.registry import Why
+from graphprune.torch_private import name_of
 from graphprune.trace.data_dependent import decisions_of
 from graphprune.trace.program import info
 
@@ -41,5 +42,5 @@ def _freeze_statistics(node: fx.Node, text: str, analysis: Analysis) -> None:
     notes = analysis.notes.get(node)
     for labels in notes.statistics if notes is not None else ():
         target: Any = node.target
-        analysis.reasons.append(Why(text, target._schema.name, info(node).module, _REMEDY))  # noqa: SLF001
+        analysis.reasons.append(Why(text, name_of(target), info(node).module, _REMEDY))
         analysis.table.freeze(labels, len(analysis.reasons) - 1)

@@ -9,6 +9,7 @@ import numpy as np
 from graphprune.groups.graph import Frozen, Group
 from graphprune.ops.labels import NO_REASON, Ids
 from graphprune.ops.registry import UNBOUND
+from graphprune.torch_private import name_of
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _first_users(analysis: Analysis) -> dict[str, tuple[str, str]]:
             target: Any = node.target
             for source in node.all_input_nodes:
                 if source.op == "get_attr":
-                    out.setdefault(str(source.target), (target._schema.name, info(node).module))  # noqa: SLF001 (documented)
+                    out.setdefault(str(source.target), (name_of(target), info(node).module))
     return out
 
 
@@ -92,7 +93,7 @@ def dataflow(analysis: Analysis) -> list[tuple[str, str, str]]:
             for source in incoming:
                 if source != owners[0]:
                     target: Any = node.target
-                    edges.setdefault((source, owners[0]), target._schema.name)  # noqa: SLF001 (documented)
+                    edges.setdefault((source, owners[0]), name_of(target))
             incoming = (owners[0],)
         sources[node] = incoming
     return [(a, b, o) for (a, b), o in edges.items()]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphprune.torch_private import is_mutable
 from graphprune.trace.data_dependent import decision
 from graphprune.trace.program import info
 
@@ -34,7 +35,7 @@ class RandomBranches:
         kind = decision(func, args, kwargs, result, constant=info(node).constant)
         if kind == "number":
             return self._number(result)
-        if kind != "step" or func._schema.is_mutable:  # noqa: SLF001
+        if kind != "step" or is_mutable(func):
             return result
         size = self._choices(args, kwargs)
         parts = list(result) if isinstance(result, (list, tuple)) else [result]

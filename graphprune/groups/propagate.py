@@ -15,6 +15,7 @@ from graphprune.groups.aliasing import Memory
 from graphprune.groups.graph import Unknown
 from graphprune.ops.labels import Dim, Ids, LabelTable
 from graphprune.ops.registry import UNBOUND, Notes, Op, Value, Why
+from graphprune.torch_private import argument_names, is_operator, name_of
 from graphprune.trace.probe import REMEDY, probe
 from graphprune.trace.program import info
 
@@ -69,7 +70,7 @@ class Analysis:
 
 def operators(program: Program) -> Iterator[fx.Node]:
     """Returns the operators of a recording, in order."""
-    return (n for n in program.graph.nodes if n.op == "call_function" and info(n).operator and hasattr(n.target, "_schema"))
+    return (n for n in program.graph.nodes if n.op == "call_function" and info(n).operator and is_operator(n.target))
 
 
 def label(program: Program) -> Analysis:
@@ -101,7 +102,7 @@ def _freeze_filling(analysis: Analysis) -> None:
     owned = np.concatenate([analysis.table.expand(labels)[1] for labels in kept]) if kept else np.zeros(0, dtype=np.int64)
     for node, dims in analysis.open.items():
         target: Any = node.target
-        analysis.reasons.append(Why("repeats one value that no layer computes", target._schema.name, info(node).module))  # noqa: SLF001
+        analysis.reasons.append(Why("repeats one value that no layer computes", name_of(target), info(node).module))
         for d in dims:
             causes = np.unique(analysis.table.expand(analysis.values[node].labels[d])[1])
             analysis.table.freeze(causes[~np.isin(causes, owned)], len(analysis.reasons) - 1)
@@ -143,7 +144,7 @@ def extend(analysis: Analysis, program: Program) -> None:
             _freeze_outputs(node, analysis)
         elif node.target is operator.getitem:
             analysis.values[node] = _item(node, analysis)
-        elif isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 (the class has no public name)
+        elif is_operator(node.target):
             _apply_rule(node, analysis, memory)
 
 
@@ -200,7 +201,7 @@ def _freeze_outputs(node: fx.Node, analysis: Analysis) -> None:
 def _flat_nodes(node: fx.Node) -> Iterable[fx.Node]:
     """Returns the tensor nodes that an output or a rebuilt structure refers to."""
     for source in node.all_input_nodes:
-        if source.op == "call_function" and not info(source).shapes and not isinstance(source.target, torch._ops.OpOverload):  # noqa: SLF001
+        if source.op == "call_function" and not info(source).shapes and not is_operator(source.target):
             yield from _flat_nodes(source)
         else:
             yield source
@@ -209,7 +210,7 @@ def _flat_nodes(node: fx.Node) -> Iterable[fx.Node]:
 def _apply_rule(node: fx.Node, analysis: Analysis, memory: Memory) -> None:
     target: Any = node.target
     op = Op(
-        name=target._schema.name,  # noqa: SLF001 (the schema is the documented identity of an overload)
+        name=name_of(target),
         module=info(node).module,
         arguments=_arguments(node, analysis),
         outputs=info(node).shapes,
@@ -286,14 +287,9 @@ def _note_unknown(op: Op, analysis: Analysis) -> None:
     analysis.unknown.append(Unknown(op.name, op.module, op.frozen_causes))
 
 
-_NAMES: dict[Any, list[str]] = {}
-
-
 def _arguments(node: fx.Node, analysis: Analysis) -> dict[str, Any]:
     target: Any = node.target
-    names = _NAMES.get(target)
-    if names is None:
-        names = _NAMES[target] = [a.name for a in target._schema.arguments]  # noqa: SLF001 (documented)
+    names = argument_names(target)
     values = analysis.values
 
     def raise_(argument: Any) -> Any:

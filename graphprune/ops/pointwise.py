@@ -11,6 +11,7 @@ import torch
 
 from graphprune.ops.labels import Dim
 from graphprune.ops.registry import UNBOUND, Labels, Op, Value, aten, rule
+from graphprune.torch_private import schema_of
 
 
 @rule("pointwise", aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.native_dropout, aten.masked_fill, aten.fill, aten.copy,
@@ -131,7 +132,7 @@ def _try_zero(op: Op, zero: dict[str, bool]) -> tuple[bool, bool]:
         arguments.pop(name, None)
     try:
         with torch.inference_mode():
-            names = [a.name for a in op.target._schema.arguments if not a.kwarg_only]
+            names = [a.name for a in schema_of(op.target).arguments if not a.kwarg_only]
             positional = [arguments.pop(n) for n in names if n in arguments]
             result = op.target(*positional, **arguments)
         return bool((result == 0).all()), bool(torch.isfinite(result).all())

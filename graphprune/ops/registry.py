@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from graphprune.ops.labels import Dim, Ids, LabelTable
+from graphprune.torch_private import argument_names, name_of
 
 if TYPE_CHECKING:
-    from torch._ops import OpOverload
+    from graphprune.torch_private import OpOverload
 
 Path: TypeAlias = tuple[str | int, ...]
 Labels: TypeAlias = "list[Any]"  # one Dim per dimension; rules return these, or a list of them where there are several outputs
@@ -52,7 +53,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_for(target: OpOverload) -> Rule | None:
     """Returns the rule of an operator: its own, that of its out-of-place form, the elementwise rule, or None."""
-    name = target._schema.name
+    name = name_of(target)
     found = RULES.get(name)
     if found is None and torch.Tag.pointwise in target.tags:
         return RULES["pointwise"]
@@ -70,8 +71,7 @@ def _is_pointwise(name: str) -> bool:
 
 def named_arguments(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a call by schema name, without those that were left to their defaults."""
-    names = [a.name for a in target._schema.arguments]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    return dict(zip(argument_names(target), args, strict=False)) | dict(kwargs)
 
 
 class _Unbound:

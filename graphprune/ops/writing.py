@@ -12,6 +12,7 @@ import torch
 from graphprune.ops.indexing import bounds, column, literal, looked_up
 from graphprune.ops.labels import Dim, Ids
 from graphprune.ops.registry import Labels, Op, Value, aten, rule
+from graphprune.torch_private import is_mutable
 
 WRITTEN = "is written by position"
 AT_RUN_TIME = WRITTEN + " computed at run time"
@@ -100,7 +101,7 @@ def _listed(op: Op, x: Value, dim: int, table: Ids, whole: Ids) -> Ids:
     """Says which call writes whole channels, once any of them goes; returns the labels of what is written."""
     positions = table % whole.size
     arguments = {"self": x, "dim": dim, "index": torch.from_numpy(np.ascontiguousarray(positions))}
-    in_place = op.target._schema.is_mutable
+    in_place = is_mutable(op.target)
     calls = torch.ops.aten
     if op["src"] is None:
         target = calls.index_fill_.int_Scalar if in_place else calls.index_fill.int_Scalar

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.criteria.base import Part
 from graphprune.errors import MaskError
 from graphprune.groups.graph import Slice
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.budgets import keep_highest
+from graphprune.torch_private import ConvTransposeNd
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -145,4 +145,4 @@ def _has_rows(module: nn.Module) -> bool:
 
 def _producing_dim(module: nn.Module) -> int:
     """Returns the dimension of a layer's weight whose positions compute its output channels."""
-    return 1 if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)) else 0
+    return 1 if isinstance(module, (ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)) else 0

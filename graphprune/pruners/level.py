@@ -14,6 +14,7 @@ from graphprune.errors import ConfigError, InputError
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.config import LayerConfig, resolve
 from graphprune.pruners.selectors import Trait
+from graphprune.torch_private import own_parameters
 from graphprune.trace.meta_device import require_values
 from graphprune.training.session import refuse_former
 
@@ -268,7 +269,7 @@ def _selected(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> lis
     holders: dict[int, list[str]] = {}
     found: dict[int, torch.Tensor] = {}
     for name, module in modules.items():
-        weight = module._parameters.get("weight")  # noqa: SLF001 (a weight that is computed, as by weight_norm, is no parameter)
+        weight = own_parameters(module).get("weight")  # a weight that is computed, as by weight_norm, is no parameter
         if isinstance(weight, torch.nn.parameter.UninitializedParameter):
             raise InputError(f"the weight of {name!r} has no shape yet", "Run the model once, so that its lazy layers take their shapes")
         if weight is not None and weight.dim() > 1 and weight.is_floating_point() and weight.numel():

@@ -17,6 +17,7 @@ from graphprune.criteria.statistics.following import name, named
 from graphprune.groups.propagate import operators
 from graphprune.ops.registry import named_arguments
 from graphprune.repair.report import LeftAlone
+from graphprune.torch_private import is_operator
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _uses(node: fx.Node, flowing: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.No
     while todo:
         current = todo.pop(0)
         for user in current.users:
-            if user in flowing and hasattr(user.target, "_schema"):
+            if user in flowing and is_operator(user.target):
                 yield current, user
             elif user not in flowing and user not in met:
                 met.add(user)

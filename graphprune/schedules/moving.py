@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from graphprune.errors import ConfigError, InputError
 from graphprune.runs.checkpoint import Saved, digest
 from graphprune.schedules.history import Movement
+from graphprune.torch_private import own_parameters
 from graphprune.training.finetuning import checked_score
 from graphprune.training.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of
 from graphprune.training.session import Session, flags_kept
@@ -129,7 +130,7 @@ class Moving:
     @contextmanager
     def masked(self) -> Iterator[None]:
         """Lets the copy compute with masked weights within the block; afterwards its modules are as they were, but for their values."""
-        order = {module: list(module._parameters) for module, _, _ in self._holders}  # noqa: SLF001 (parametrizing changes their order)
+        order = {module: list(own_parameters(module)) for module, _, _ in self._holders}  # parametrizing changes their order
         try:
             for module, attribute, name in self._holders:
                 parametrize.register_parametrization(module, attribute, _Mask(self._leaves[name]))
@@ -139,7 +140,7 @@ class Moving:
                 if parametrize.is_parametrized(module, attribute):
                     parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
             for module, names in order.items():
-                found = module._parameters  # noqa: SLF001
+                found = own_parameters(module)
                 for name in names:
                     found[name] = found.pop(name)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.criteria.base import Part
 from graphprune.criteria.norms import L1
@@ -26,6 +25,7 @@ from graphprune.pruners.budgets import Plan, kept_count, least_kept
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.level import LevelPruner, smallest, whole
 from graphprune.pruners.requests import requests
+from graphprune.torch_private import ConvTransposeNd
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -328,7 +328,7 @@ def _block(size: tuple[int, ...], shape: str | tuple[int, int], layer: str, modu
     if shape == "finegrained":
         return (1,) * len(size)
     if shape == "rows":
-        dim = 1 if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)) else 0
+        dim = 1 if isinstance(module, (ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)) else 0
         return tuple(1 if d == dim else length for d, length in enumerate(size))
     block = tuple(int(n) for n in shape)
     if len(size) != 2 or any(length % part for length, part in zip(size, block, strict=True)):

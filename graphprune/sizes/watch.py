@@ -21,6 +21,7 @@ from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Value, named_arguments
 from graphprune.sizes.attributes import tracked_attributes
 from graphprune.sizes.expressions import Arithmetic, Expression, Extent, Tracked, Trail, combined, expression_of
+from graphprune.torch_private import name_of
 from graphprune.trace.program import info
 from graphprune.trace.recorder import node_behind, record
 
@@ -106,7 +107,7 @@ def _of_call(node: fx.Node, integers: list[int], analysis: Analysis) -> Iterator
     """Yields the demands of one recorded operator, given the integers of the Python call that ran it."""
     notes = analysis.notes[node]
     target: Any = node.target
-    name = target._schema.name.removeprefix("aten::")  # noqa: SLF001 (the schema is documented)
+    name = name_of(target).removeprefix("aten::")
     module = info(node).module
     counted: set[int] = set()
     for path, labels in notes.extents.items():

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from graphprune.ops.registry import Value
+from graphprune.torch_private import BatchNorm, ConvNd, ConvTransposeNd, NormBase
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ Shape = tuple[int, ...]
 
 def _conv(module: Any) -> dict[str, int]:
     rows, columns = module.weight.shape[:2]
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         return {"in_channels": rows, "out_channels": columns * module.groups}
     return {"out_channels": rows, "in_channels": columns * module.groups}
 
@@ -62,11 +61,11 @@ def _per_channel(name: str, source: str = "weight", dim: int = 0) -> Callable[[A
 
 
 SHAPES: list[tuple[type[nn.Module], Callable[[Any], dict[str, int]]]] = [
-    (_ConvNd, _conv),
+    (ConvNd, _conv),
     (nn.Linear, lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}),
     (nn.Bilinear, _bilinear),
-    (_BatchNorm, _per_channel("num_features")),
-    (_NormBase, _per_channel("num_features")),
+    (BatchNorm, _per_channel("num_features")),
+    (NormBase, _per_channel("num_features")),
     (nn.GroupNorm, _per_channel("num_channels")),
     (nn.Embedding, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
     (nn.EmbeddingBag, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
@@ -100,7 +99,7 @@ def _set_without_tensors(modules: Mapping[str, nn.Module], removal: Removal) -> 
     """Tells norms that have no tensors of their own how many channels enter them now."""
     for node, values in removal.analysis.values.items():
         module: Any = modules.get(info(node).module)
-        name = "num_features" if isinstance(module, _NormBase) else "num_channels" if isinstance(module, nn.GroupNorm) else ""
+        name = "num_features" if isinstance(module, NormBase) else "num_channels" if isinstance(module, nn.GroupNorm) else ""
         value = values[0] if isinstance(values, list) and values else values
         if name and isinstance(value, Value) and len(value.shape) > 1 and value.shape[1] == getattr(module, name):
             setattr(module, name, removal.kept(value, 1).size)

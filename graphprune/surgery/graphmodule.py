@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphPruneError, InputError, VerificationError
 from graphprune.groups.build import analyse, gather
 from graphprune.surgery.rewriting import Call, Removal, rewrite
+from graphprune.torch_private import is_mutable, is_operator, name_of, pytree
 from graphprune.trace.data_dependent import decisions_of
 from graphprune.trace.program import info
 from graphprune.trace.recorder import record
@@ -68,7 +68,7 @@ def why_none(program: Program) -> str:
     """
     for node in decisions_of(program, ("number", "size")):
         target: Any = node.target
-        name = target._schema.name.removeprefix("aten::")  # noqa: SLF001 (the schema is documented)
+        name = name_of(target).removeprefix("aten::")
         where = f"({name} in {info(node).place})"
         if info(node).decides == "size":
             return f"values decide a size, and a graph has the sizes of the example inputs {where}"
@@ -207,7 +207,7 @@ class _Writer:
     def _erase_unused(self) -> None:
         """Erases calls whose results nothing uses any more (positions that are now looked up by a table, and may be gone)."""
         for node, made in reversed(list(self.nodes.items())):
-            writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+            writes = is_operator(node.target) and is_mutable(node.target)
             picks = node.target in {operator.getitem, torch.ops.aten.select.int}
             if made is not None and node.op == "call_function" and not made.users and (node.users or picks) and not writes:
                 self.graph.erase_node(made)
@@ -243,7 +243,7 @@ class _Writer:
             twin, _ = rewrite(self.twins[node], self.other)
             arguments = {k: self._with_batch(v, twin.arguments.get(k)) for k, v in arguments.items()}
         arguments = {k: self._map(v) for k, v in arguments.items()}
-        name = call.target._schema.name  # noqa: SLF001 (the schema is documented)
+        name = name_of(call.target)
         if name in _FLAGS and _FLAGS[name] in arguments:
             arguments[_FLAGS[name]] = self._training(arguments[_FLAGS[name]], name)
         args, kwargs = Call(call.target, arguments).split()
@@ -258,7 +258,7 @@ class _Writer:
         target: Any = node.target
         args, kwargs = self._map(node.args), self._map(dict(node.kwargs))
         read = args[0] if info(node).whole else self.graph.call_function(target, args, kwargs)
-        place = f"{target._schema.name.removeprefix('aten::')} in {info(node).place}"  # noqa: SLF001
+        place = f"{name_of(target).removeprefix('aten::')} in {info(node).place}"
         return self.graph.call_function(same_as_recorded, (read, self._map(info(node).value), place))
 
     def _training(self, recorded: object, name: str) -> Any:

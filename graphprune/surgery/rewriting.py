@@ -10,6 +10,7 @@ import torch
 
 from graphprune.groups.propagate import Analysis
 from graphprune.ops.registry import Value, named_arguments
+from graphprune.torch_private import schema_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class Call:
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         gap = False
-        for a in self.target._schema.arguments:  # noqa: SLF001 (the schema is documented)
+        for a in schema_of(self.target).arguments:
             if a.name not in self.arguments:
                 gap = True
             elif a.kwarg_only or gap:

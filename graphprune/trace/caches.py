@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graphprune.torch_private import OWN_DICTS
 from graphprune.trace.inputs import preserve_state
 from graphprune.trace.meta_device import shapes_suffice
 from graphprune.trace.program import Where
@@ -60,7 +61,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Where, dict[Any, Any]]]:
     """Yields dicts of tensors among the attributes of modules, not those in which PyTorch keeps parameters and buffers."""
     for path, module in model.named_modules():
         for name, held in vars(module).items():
-            if type(held) is not dict or not held or name in {"_parameters", "_buffers"}:
+            if type(held) is not dict or not held or name in OWN_DICTS:
                 continue
             if all(isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter) for v in held.values()):
                 yield (path, name), held

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from graphprune.torch_private import AutoDispatchBelowAutograd, DisableTorchFunction
+
 
 @contextmanager
 def module_paths(paths: Mapping[int, str], entered: Callable[[str], None], left: Callable[[str], None]) -> Iterator[None]:
@@ -42,7 +44,7 @@ def below_autograd() -> Iterator[None]:
 
     `torch.inference_mode` has that effect too, but its tensors could never be trained with if a cache outside the model kept one.
     """
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 (no public spelling)
+    with torch.no_grad(), AutoDispatchBelowAutograd():
         yield
 
 
@@ -69,7 +71,7 @@ def values_taken(note: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]
     def reading(method: Callable[..., object]) -> Callable[..., object]:
         def read(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
             taken = note(tensor)
-            with torch._C.DisableTorchFunction():  # noqa: SLF001 (a mode would call what stands here in the method's place again)
+            with DisableTorchFunction():  # (a mode would call what stands here in the method's place again)
                 return method(taken, *args, **kwargs)
 
         return read

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphprune.ops.registry import named_arguments
+from graphprune.torch_private import name_of, schema_of
 from graphprune.trace.inputs import tensors_in
 from graphprune.trace.program import Kind, info
 
@@ -44,7 +45,7 @@ def decision(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: o
         "number" where Python gets a number; "size" where values decide a shape; "step" where small changes of floating-point values make
         large changes, or choose positions; "random" where random numbers are drawn; "" otherwise.
     """
-    name = func._schema.name  # noqa: SLF001 (the schema is the documented identity of an overload)
+    name = name_of(func)
     if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
         return "random"
     if constant:
@@ -60,7 +61,7 @@ def decision(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: o
 
 def sized_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Returns the tensors whose values decide the size of the result, where an operator has others besides; none elsewhere."""
-    argument = _SIZED_BY.get(func._schema.name, "")  # noqa: SLF001 (the schema is documented)
+    argument = _SIZED_BY.get(name_of(func), "")
     given = named_arguments(func, args, kwargs) if argument else {}
     return tensors_in(given.get(argument)) if "self" in given else []
 
@@ -88,7 +89,7 @@ def operators_of(program: Program) -> list[tuple[object, ...]]:
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Returns whether random numbers are drawn: not by dropout that is switched off."""
-    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}  # noqa: SLF001
+    defaults = {a.name: a.default_value for a in schema_of(func).arguments if a.has_default_value()}
     given = {**defaults, **named_arguments(func, args, kwargs)}
     return not any(name in given and not isinstance(given[name], torch.Tensor) and given[name] in off for name, off in _OFF.items())
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphPruneError, InputError
+from graphprune.torch_private import pytree
 from graphprune.trace.members import Members
 
 _FORMS = "Pass a tensor, a tuple of positional arguments, a dict of keyword arguments, or (args, kwargs)"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from graphprune.torch_private import own_buffers, own_modules, own_parameters
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class Members:
         buffers: list[tuple[str, Tensor]] = []
         for path, module in modules:
             prefix = f"{path}." if path else ""
-            for held, found in ((module._parameters, parameters), (module._buffers, buffers)):  # noqa: SLF001 (read in one walk)
+            for held, found in ((own_parameters(module), parameters), (own_buffers(module), buffers)):
                 if held:
                     found += [(prefix + name, tensor) for name, tensor in held.items() if tensor is not None]
         return Members(modules, parameters, buffers)
@@ -63,6 +65,6 @@ class Members:
 def _gather(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> None:
     """Appends a module and all inside it, as `named_modules(remove_duplicate=False)` yields them."""
     found.append((path, module))
-    for name, child in module._modules.items():  # noqa: SLF001 (`named_children` leaves out what stands in two places)
+    for name, child in own_modules(module).items():
         if child is not None:
             _gather(child, f"{path}.{name}" if path else name, found)

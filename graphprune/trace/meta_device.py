@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import InputError, TraceError
+from graphprune.torch_private import TorchDispatchMode, name_of, pytree, schema_of, storage_key
 from graphprune.trace.members import Members
 
 if TYPE_CHECKING:
@@ -121,9 +120,9 @@ class _Schema:
     @staticmethod
     def of(func: Any) -> _Schema:
         """Reads the schema of an overload."""
-        arguments = list(enumerate(func._schema.arguments))  # noqa: SLF001 (documented)
+        arguments = list(enumerate(schema_of(func).arguments))
         return _Schema(
-            func._schema.name,  # noqa: SLF001
+            name_of(func),
             tuple((i, a.name) for i, a in arguments if "Device" in str(a.type)),
             tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write),
         )
@@ -245,7 +244,7 @@ class MetaExecutor:
         """Returns whether a tensor has values that count."""
         if tensor.is_meta:
             return False
-        return not self._overwritten or tensor.untyped_storage()._cdata not in self._overwritten  # noqa: SLF001 (its address)
+        return not self._overwritten or storage_key(tensor.untyped_storage()) not in self._overwritten
 
     def _without_values(self, call: _Call, schema: _Schema, unknown: list[Tensor]) -> Any:
         """Runs a call on shapes alone; what it writes into has values no more."""
@@ -272,7 +271,7 @@ class MetaExecutor:
             for tensor in schema.written(call):
                 if not tensor.is_meta:
                     storage = tensor.untyped_storage()
-                    self._overwritten[storage._cdata] = storage  # noqa: SLF001
+                    self._overwritten[storage_key(storage)] = storage
                     _follow(tensor, shells[id(tensor)])
             result = pytree.tree_map_only(Tensor, lambda t: owners.get(id(t), t), result)
         return result

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Op, Value
+from graphprune.torch_private import pytree, schema_of
 from graphprune.trace.inputs import tensors_in
 
 Place: TypeAlias = "tuple[int, int]"
@@ -51,7 +51,7 @@ class Recorded:
     @staticmethod
     def of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
         """Returns the call with copies of its tensors; None where it cannot be repeated at will (it writes, or hands on views)."""
-        schema = target._schema  # noqa: SLF001 (the schema is documented)
+        schema = schema_of(target)
         if schema.is_mutable or any(a.alias_info is not None for a in (*schema.arguments, *schema.returns)):
             return None
         tensors = tensors_in((args, kwargs))

@@ -80,27 +80,6 @@ def set_info(node: fx.Node, known: NodeInfo) -> NodeInfo:
     return known
 
 
-def append_node(
-    graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, after: fx.Node | None = None
-) -> fx.Node:
-    """Appends a node behind another one (by default, at the end), and returns it.
-
-    `Graph.create_node` does the same, and goes through all arguments besides, in search of symbolic numbers, of which a recording has none:
-    that takes ten times as long as all else, per operator of every recording.
-    """
-    names = graph._graph_namespace  # noqa: SLF001 (no public spelling)
-    name = names.create_name(graph._target_to_str(target), None)  # noqa: SLF001
-    node = fx.Node(graph, name, op, target, args, kwargs or {})
-    names.associate_name_with_obj(name, node)
-    if after is None:
-        graph._insert(node)  # noqa: SLF001
-    else:
-        after.append(node)
-    graph._find_nodes_lookup_table.insert(node)  # noqa: SLF001
-    graph._len += 1  # noqa: SLF001
-    return node
-
-
 @dataclass(eq=False)
 class Program:
     """A recorded forward pass.

@@ -17,11 +17,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import GraphPruneError, InputError, TraceError
 from graphprune.ops import rule_for
+from graphprune.torch_private import TorchDispatchMode, append_node, disable_current_modes, is_composite, pytree
 from graphprune.trace.caches import without_caches
 from graphprune.trace.contexts import below_autograd, module_paths, values_taken, whole_attention
 from graphprune.trace.data_dependent import decision, rounds_matter, sized_by
@@ -30,7 +29,7 @@ from graphprune.trace.members import Members
 from graphprune.trace.meta_device import PYTHON, MetaExecutor, is_about_values, literals, unreadable
 from graphprune.trace.outputs import output_tensors
 from graphprune.trace.probe import Recorded
-from graphprune.trace.program import NodeInfo, Program, Where, append_node, info, set_info
+from graphprune.trace.program import NodeInfo, Program, Where, info, set_info
 
 _NODE = "_graphprune_node"
 
@@ -284,7 +283,7 @@ class _Recorder(TorchDispatchMode):
             elif isinstance(result, (bool, int, float, complex)):
                 known.reads, known.value = True, result
         if not known.constant and rule_for(func) is None:
-            with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (copying the tensors is no part of the program)
+            with disable_current_modes():  # copying the tensors is no part of the program
                 known.recorded = Recorded.of(func, args, kwargs)
         if self.on_call is not None:
             self.on_call()
@@ -312,7 +311,7 @@ class _Recorder(TorchDispatchMode):
         known.whole = known.reads = True
         known.decides = kind = decision(func, (tensor,), {}, None, constant=known.constant)
         known.delicate = rounds_matter(kind, (tensor,), {})
-        with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001 (what is copied here is no part of the program)
+        with disable_current_modes():  # what is copied here is no part of the program
             known.value = None if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta else tensor.detach().clone()
             taken: torch.Tensor = tensor if self.runner is None else self.runner(node, func, (tensor,), {})
         if self.on_call is not None:
@@ -349,7 +348,7 @@ class _Recorder(TorchDispatchMode):
     def _must_decompose(self, func: Any) -> bool:
         known = self._decompose.get(func)
         if known is None:
-            composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")  # noqa: SLF001
+            composite = is_composite(func)
             known = self._decompose[func] = rule_for(func) is None and composite
         return known
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import InputError
+from graphprune.torch_private import BatchNorm
 from graphprune.trace.inputs import normalise, preserve_state, run
 from graphprune.trace.meta_device import require_values
 
@@ -157,7 +157,7 @@ class _Statistics(TorchFunctionMode):
         for average in self.found.values():
             average.write()
         for module in model.modules():
-            average_of = self.found.get(id(module.running_mean)) if isinstance(module, _BatchNorm) else None
+            average_of = self.found.get(id(module.running_mean)) if isinstance(module, BatchNorm) else None
             if average_of is not None and module.momentum is None and isinstance(module.num_batches_tracked, Tensor):
                 module.num_batches_tracked.fill_(average_of.calls)
 

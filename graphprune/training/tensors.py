@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.torch_private import own_buffers
 from graphprune.training.packing import Packer, Unpacker
 
 
@@ -61,8 +62,8 @@ class Kept:
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
     """Fills a buffer, or puts another in its place where it cannot be filled: training may have given it another shape."""
-    now = module._buffers[name]  # noqa: SLF001 (the one place where a module keeps them)
+    now = own_buffers(module)[name]
     if now is None or now.shape != value.shape or now.dtype != value.dtype or 0 in now.stride():
-        module._buffers[name] = value.clone() if now is None else value.to(now.device, copy=True)  # noqa: SLF001
+        own_buffers(module)[name] = value.clone() if now is None else value.to(now.device, copy=True)
     else:
         now.copy_(value)

@@ -19,6 +19,7 @@ from graphprune.errors import GraphPruneError, InputError
 from graphprune.groups.decisions import freeze_decided
 from graphprune.groups.propagate import Analysis, extend, operators
 from graphprune.surgery.rewriting import Removal
+from graphprune.torch_private import is_mutable, name_of
 from graphprune.trace.data_dependent import decision, rounds_matter
 from graphprune.trace.inputs import tensors_in
 from graphprune.trace.program import info
@@ -123,7 +124,7 @@ class ReferenceRun:
             pairs = _pairs(node, before) if decides else ()
             inputs = [gathered(t, analysis.values.get(n), self.removal).clone() for n, t in pairs]
             literal = kind == "random" and info(node).constant and not (isinstance(result, torch.Tensor) and result.is_floating_point())
-            name = func._schema.name  # noqa: SLF001 (the schema is documented)
+            name = name_of(func)
             self.run.entries.append(Entry(name, info(node).module, inputs, self._outputs(node, result), decides, literal))
         return result
 
@@ -221,7 +222,7 @@ class Replay:
         decides = rounds_matter(kind, args, kwargs)
         if not decides and not self.everything:
             return result
-        name = func._schema.name  # noqa: SLF001
+        name = name_of(func)
         entry = next((e for e in self.entries if e.name == name or not e.literal), None)
         if entry is None or entry.name != name:
             short = name.removeprefix("aten::")
@@ -301,7 +302,7 @@ def plain(node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 def saved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Returns the tensors that go into an operator, copied where it writes to them."""
     tensors = tensors_in((args, kwargs))
-    return [t.clone() for t in tensors] if func._schema.is_mutable else tensors  # noqa: SLF001
+    return [t.clone() for t in tensors] if is_mutable(func) else tensors
 
 
 def _pairs(node: fx.Node, tensors: list[torch.Tensor]) -> Iterator[tuple[fx.Node, torch.Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.masks.copying import copied
 from graphprune.surgery.slicing import like
+from graphprune.torch_private import is_operator, name_of
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import preserve_state
 from graphprune.trace.outputs import output_tensors
@@ -222,8 +223,7 @@ class _NotFinite:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
             self.seen.add(node)
             if not self.first and not any(n in self.seen for n in node.all_input_nodes):
-                schema = getattr(node.target, "_schema", None)
-                name = str(schema.name if schema is not None else node.target).removeprefix("aten::")
+                name = (name_of(node.target) if is_operator(node.target) else str(node.target)).removeprefix("aten::")
                 self.first = f", first at {name} in {info(node).place}"
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from graphprune.errors import GraphPruneError, VerificationError
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
+from graphprune.torch_private import is_operator, name_of
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.outputs import output_tensors
 from graphprune.trace.program import Program, info
@@ -278,8 +279,7 @@ def _name(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return _name(node.all_input_nodes[0])
     target: Any = node.target
-    schema = getattr(target, "_schema", None)
-    return str(schema.name).removeprefix("aten::") if schema is not None else str(target)
+    return name_of(target).removeprefix("aten::") if is_operator(target) else str(target)
 
 
 def require(check: Check, where: str) -> None:

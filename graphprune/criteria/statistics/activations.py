@@ -17,6 +17,7 @@ from graphprune.criteria.statistics.following import follow, named
 from graphprune.criteria.statistics.places import Places
 from graphprune.data.distributed import all_reduce_sum
 from graphprune.errors import InputError
+from graphprune.torch_private import is_operator
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _observed(group: Group, node: fx.Node, places: Places, totals: dict[tuple[fx
 
 def _made_by(node: fx.Node) -> tuple[fx.Node, int | None]:
     """Returns the operator that makes a node, and the node's number among several results."""
-    if hasattr(node.target, "_schema"):
+    if is_operator(node.target):
         return node, None
     operator: Any = node.args[0]
     number: Any = node.args[1]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graphprune.errors import InputError
 from graphprune.groups.propagate import operators
+from graphprune.torch_private import is_operator, name_of
 from graphprune.trace.inputs import place
 from graphprune.trace.program import info
 from graphprune.trace.recorder import record
@@ -50,12 +51,12 @@ def follow(model: nn.Module, inputs: Inputs, program: Program, look: Look) -> No
 def name(node: fx.Node) -> str:
     """Returns the name of a recorded operator, such as "aten::relu", whichever its overload and also where it works in place."""
     target: Any = node.target
-    full = str(target._schema.name)  # noqa: SLF001 (documented)
+    full = name_of(target)
     return full[:-1] if full.endswith("_") and not full.endswith("__") else full
 
 
 def named(node: fx.Node) -> str:
     """Returns operator and place of a node, as messages and reports name them."""
     target: Any = node.target
-    operator = str(target._schema.name).removeprefix("aten::") if hasattr(target, "_schema") else node.name  # noqa: SLF001
+    operator = name_of(target).removeprefix("aten::") if is_operator(target) else node.name
     return f"{operator} in {place(info(node).module)}"

@@ -18,6 +18,7 @@ from graphprune.criteria.statistics.gradients import named, precise
 from graphprune.data.distributed import all_reduce_sum
 from graphprune.groups.propagate import operators
 from graphprune.ops.registry import named_arguments
+from graphprune.torch_private import is_operator
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -133,7 +134,7 @@ def _factors(target: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
 def _origin(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]] | None:
     """Returns the parameter that a tensor is a view or a part of, and the views in between."""
     views: list[fx.Node] = []
-    while node.op == "call_function" and (not hasattr(node.target, "_schema") or name(node) in _VIEWS) and len(node.all_input_nodes) == 1:
+    while node.op == "call_function" and (not is_operator(node.target) or name(node) in _VIEWS) and len(node.all_input_nodes) == 1:
         views.insert(0, node)
         node = node.all_input_nodes[0]
     return (str(node.target), tuple(views)) if node.op == "get_attr" else None

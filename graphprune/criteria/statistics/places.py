@@ -17,6 +17,7 @@ from graphprune.criteria.statistics.following import name
 from graphprune.groups.footprints import Distinct, Layout
 from graphprune.groups.propagate import Analysis
 from graphprune.ops.registry import Value
+from graphprune.torch_private import is_operator
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Places:
                 self._flowing.add(node)
         self._distinct = Distinct(analysis.table)
         self._layouts: list[Layout] = []
-        self._nonlinear = {n for n in self._flowing if hasattr(n.target, "_schema") and name(n) in NONLINEAR}
+        self._nonlinear = {n for n in self._flowing if is_operator(n.target) and name(n) in NONLINEAR}
 
     def of(self, group: Group) -> list[fx.Node]:
         """Returns the nodes whose tensors show a group's channels; nothing where the recorded pass does not compute them.
@@ -112,7 +113,7 @@ class Places:
         at = node
         while len(at.users) == 1:
             at = next(iter(at.users))
-            if at not in walk or not hasattr(at.target, "_schema"):
+            if at not in walk or not is_operator(at.target):
                 return node
             others = [n for n in at.all_input_nodes if n in walk and self._order[n] < self._order[node]]
             if name(at) == "aten::mul" and others:
