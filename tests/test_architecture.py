@@ -17,7 +17,7 @@ PACKAGE = "graphprune"
 
 # Who may import what: graphs are made and rewritten in few places, files are written and timed in two. Anybody may name the types.
 RESERVED = {
-    "torch.fx": {"trace", "surgery"},
+    "torch.fx": {"torch_private", "trace", "surgery"},
     "torch.onnx": {"export"},
     "onnx": {"export", "latency"},
     "onnxruntime": {"export", "latency"},

@@ -41,7 +41,8 @@ PROMISED = {
 }
 MODULES = sorted(module.name for module in pkgutil.walk_packages(gp.__path__, "graphprune."))
 USERS = ("graphprune", "tests", "tools", "examples")
-OFFERING = {f"graphprune.{name}" for name in ("pruners", "repair", "schedules", "search", "schedules.history")}  # what compat is built from
+# What compat is built from, and the one door to PyTorch's private names.
+OFFERING = {f"graphprune.{name}" for name in ("pruners", "repair", "schedules", "search", "schedules.history", "torch_private")}
 
 
 def faults(package: str, found: set[str], promised: set[str]) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.torch_private import own_modules, own_parameters
 from graphprune.trace.members import Members
 
 _ATOMIC = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size})
 _DICTS = (dict, OrderedDict)
 _OWN = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _DICTS)  # PyTorch's own dicts, most of them empty
-_LEAVES = ("_parameters", "_modules")  # which hold no results of computations
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -31,8 +31,9 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     seen: set[int] = set()
     modules = Members.of(model).distinct
     for module in modules:
+        of_leaves = own_parameters(module), own_modules(module)
         for name, value in vars(module).items():
-            if type(value) not in _ATOMIC and name not in _LEAVES and (value if name in _OWN else True):
+            if type(value) not in _ATOMIC and not (name in _OWN and (not value or any(value is held for held in of_leaves))):
                 for tensor in _held(value, seen):
                     if not tensor.is_leaf:
                         memo.setdefault(id(tensor), tensor.detach().clone())
