@@ -21,6 +21,7 @@ from graphprune.cost.count import Cost, count
 from graphprune.data.sources import generators_kept
 from graphprune.ops.registry import Value, named_arguments
 from graphprune.torch_private import is_composite, is_operator, name_of
+from graphprune.trace.members import Members
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Forecast:
         self._table = graph.engine.table
         self._arrays: list[tuple[int, Ids, Ids]] = []  # of each label array its length, and every (position, cause)
         self._numbers: dict[int, int] = {}
-        weights = dict(model.named_parameters())
+        weights = {n: p for n, p in Members.of(model).parameters if n not in graph.aliases}
         self._sizes = [self._product(n.rpartition(".")[0], _every(v)) for n, v in graph.engine.parameters.items() if n in weights]
         self._unread = [_Product(n.rpartition(".")[0], v.numel(), ()) for n, v in weights.items() if n not in graph.engine.parameters]
         self._works = [self._product(layer, dims) for layer, dims in _multiplications(graph)]

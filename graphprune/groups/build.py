@@ -255,5 +255,7 @@ def _slot_order(analysis: Analysis) -> dict[str, int]:
                 if source.op == "get_attr":
                     order.setdefault(str(source.target), i)
     last = len(analysis.program.graph.nodes)
+    if all(name in order for name in analysis.parameters):
+        return order
     named = {name: last + i for i, (name, _) in enumerate(analysis.program.modules[""].named_parameters())}
     return {name: named.get(name, last) for name in analysis.parameters} | order

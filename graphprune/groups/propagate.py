@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from graphprune.trace.program import Program
 
 
+_NONE: frozenset[int] = frozenset()
+
+
 @dataclass(eq=False)
 class Analysis:
     """A program with labels.
@@ -209,21 +212,26 @@ def _flat_nodes(node: fx.Node) -> Iterable[fx.Node]:
 
 def _apply_rule(node: fx.Node, analysis: Analysis, memory: Memory) -> None:
     target: Any = node.target
+    known = info(node)
     op = Op(
         name=name_of(target),
-        module=info(node).module,
+        module=known.module,
         arguments=_arguments(node, analysis),
-        outputs=info(node).shapes,
+        outputs=known.shapes,
         table=analysis.table,
         reasons=analysis.reasons,
         unbound=analysis.unbound,
         target=target,
-        open=analysis.open.get(node, frozenset()),
-        later=frozenset(id(analysis.values[n]) for n in node.all_input_nodes if memory.written_after(n, node)),
-        idle=frozenset(int(str(n.args[1])) for n in node.users if n.target is operator.getitem and not n.users),
+        open=analysis.open.get(node, _NONE),
+        later=memory.written_after(node, analysis.values) if memory.is_written else _NONE,
+        idle=frozenset(int(str(n.args[1])) for n in node.users if n.target is operator.getitem and not n.users)
+        if known.dtype is None
+        else _NONE,
     )
-    for value in op.values() if op.name != "aten::stack" else ():
-        op.keep(value)
+    if op.name != "aten::stack":
+        for value in op.values():
+            if value.piece is not None:
+                op.keep(value)
     rule = ops.rule_for(target)
     labels: Any = _probed(op, node, analysis) if rule is None else rule(op)
     if op.declined:
@@ -240,7 +248,10 @@ def _apply_rule(node: fx.Node, analysis: Analysis, memory: Memory) -> None:
 
 def _trace_back(node: fx.Node, op: Op, analysis: Analysis) -> None:
     """Notes which tensors that repeat one value a node is made of, and whether one of them was refused here."""
-    behind = frozenset[Any]().union(*(analysis.origins.get(n, ()) for n in node.all_input_nodes))
+    origins = analysis.origins
+    behind = frozenset[Any]().union(*(origins.get(n, ()) for n in node.all_input_nodes)) if origins else frozenset[Any]()
+    if not behind and not op.offered:
+        return
     if op.refused:
         analysis.refused |= behind
     mixes = any(v.parameter and len(v.shape) > 1 for v in op.values())
@@ -292,26 +303,27 @@ def _arguments(node: fx.Node, analysis: Analysis) -> dict[str, Any]:
     names = argument_names(target)
     values = analysis.values
 
-    def raise_(argument: Any) -> Any:
-        if isinstance(argument, (list, tuple)):
-            return [raise_(a) for a in argument]
-        if hasattr(argument, "all_input_nodes"):
-            return values[argument]
-        return argument
-
-    arguments = {name: raise_(a) for name, a in zip(names, node.args, strict=False)}
+    arguments = {name: _raised(a, values) for name, a in zip(names, node.args, strict=False)}
     for name, a in node.kwargs.items():
-        arguments[name] = raise_(a)
+        arguments[name] = _raised(a, values)
     return arguments
+
+
+def _raised(argument: Any, values: dict[fx.Node, Any]) -> Any:
+    """Returns an argument with values in place of nodes."""
+    if isinstance(argument, (list, tuple)):
+        return [_raised(a, values) for a in argument]
+    return values[argument] if hasattr(argument, "all_input_nodes") else argument
 
 
 def _outputs(node: fx.Node, op: Op, labels: Any) -> Any:
     values = op.values()
     zero = op.zero if op.zero is not None else bool(values) and all(v.zero for v in values)
-    constant = op.constant or bool(info(node).constant)
+    known = info(node)
+    constant = op.constant or known.constant
     pieces: list[Any] = [*op.pieces] or [None] * len(op.outputs)
-    if len(op.outputs) == 1 and info(node).dtype is not None:
-        tensor, boolean = info(node).tensor, _is_boolean(node)
+    if len(op.outputs) == 1 and known.dtype is not None:
+        tensor, boolean = known.tensor, known.dtype is torch.bool
         return Value(op.outputs[0], labels, node.name, constant, tensor, zero=zero, boolean=boolean, piece=pieces[0])
     if len(op.outputs) == 1 and not (labels and isinstance(labels[0], list)):  # a list of one tensor, by a rule that spoke of the tensor
         labels = [labels]

@@ -208,24 +208,29 @@ def _checked(group: Group, mask: Any) -> NDArray[np.bool_]:
     return checked
 
 
-def checked_tensors(model: nn.Module, graph: DependencyGraph) -> dict[str, torch.Tensor]:
+def checked_tensors(model: nn.Module, graph: DependencyGraph, members: Members | None = None) -> dict[str, torch.Tensor]:
     """Returns the model's parameters and buffers by name, after checking that the graph's are among them with its shapes.
+
+    Args:
+        model: any module.
+        graph: the graph that it must fit.
+        members: the model's tensors, if they have been gathered already.
 
     Raises:
         MaskError: a parameter is missing or has another shape.
         InputError: the model is on the meta device.
     """
-    return tensors_of(model, graph.shapes)
+    return tensors_of(model, graph.shapes, members)
 
 
-def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], members: Members | None = None) -> dict[str, torch.Tensor]:
     """Returns the model's parameters and buffers by name, after checking that those in `shapes` are among them, of these shapes.
 
     Raises:
         MaskError: a parameter is missing or has another shape.
         InputError: the model is on the meta device.
     """
-    tensors = dict(Members.of(model).tensors)
+    tensors = dict((members or Members.of(model)).tensors)
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(shape):

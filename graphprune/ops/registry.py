@@ -217,6 +217,7 @@ class Op:
     offered: bool = False
     refused: bool = False
     idle: frozenset[int] = frozenset()
+    _values: list[Value] | None = None
 
     def __getitem__(self, argument: str) -> Any:
         """Returns an argument by its schema name, None when it was left to its default."""
@@ -234,6 +235,11 @@ class Op:
 
     def values(self) -> list[Value]:
         """Returns all tensor arguments, those inside lists included."""
+        if self._values is None:
+            self._values = self._find_values()
+        return self._values
+
+    def _find_values(self) -> list[Value]:
         found: list[Value] = []
         for argument in self.arguments.values():
             if isinstance(argument, Value):

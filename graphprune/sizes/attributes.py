@@ -98,10 +98,9 @@ def with_items(container: Any, items: dict[Any, Any]) -> Any:
 
 def assign(model: nn.Module, values: dict[Place, int]) -> list[Undo]:
     """Sets integers that modules hold; returns what undoes it, last first."""
-    modules = dict(model.named_modules())
     undo: list[Undo] = []
     for (path, way), value in values.items():
-        _assign(modules[path].__dict__, way, value, undo)
+        _assign(vars(model.get_submodule(path)), way, value, undo)
     return undo[::-1]
 
 

@@ -29,6 +29,7 @@ from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
 from graphprune.trace.caches import caches, clear
 from graphprune.trace.inputs import Inputs, normalise
+from graphprune.trace.members import Members
 from graphprune.trace.recorder import record
 from graphprune.verify.reference import Reference, reference_for
 from graphprune.verify.replay import Check, relies_on_defaults, require, runs_as_recorded
@@ -147,8 +148,9 @@ class _Surgeon:
         self.program: Program = analysis.program
         self.removal = Removal(analysis, analysis.removed(masks.removed_causes))
         self.positions = masks.positions()
-        self.tensors = checked_tensors(model, self.graph)
-        self.caches: list[Where] = self.program.caches if as_recorded else caches(model, self.program.inputs)
+        self.members = Members.of(model)
+        self.tensors = checked_tensors(model, self.graph, self.members)
+        self.caches: list[Where] = self.program.caches if as_recorded else caches(model, self.program.inputs, self.members)
         self.old: dict[str, Old] = {}
         self.saved: list[tuple[nn.Module, dict[str, Any]]] = []
         self.unset: list[Undo] = []

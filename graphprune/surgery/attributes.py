@@ -12,6 +12,7 @@ from torch import nn
 
 from graphprune.ops.registry import Value
 from graphprune.torch_private import BatchNorm, ConvNd, ConvTransposeNd, NormBase
+from graphprune.trace.members import Members
 from graphprune.trace.program import info
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ ARGUMENTS = ("groups", "num_groups", "normalized_shape")
 
 def set_attributes(model: nn.Module, removal: Removal) -> None:
     """Sets every attribute that restates a size or an argument, on all layers of a shrunk model."""
-    modules = dict(model.named_modules())
+    modules = Members.of(model).first_names
     for path, values in argument_values(removal).items():
         for name, value in values.items():
             current = getattr(modules[path], name, None)

@@ -16,6 +16,8 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+from graphprune.trace.members import Members
+
 _NUMBERS = (bool, int, float)
 _PLAIN = frozenset({bool, int, float, str, tuple, list, set, type(None)})  # what holds nothing by name
 _SEQUENCES = (tuple, list, torch.Size)
@@ -25,7 +27,7 @@ _OWN = frozenset(vars(nn.Module())) - {"training"}  # in which PyTorch keeps ten
 
 def numbers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns module name -> way -> value, for numbers and (nested) sequences of numbers, sequences as lists."""
-    return {path: _numbers(module) for path, module in model.named_modules()}
+    return {path: _numbers(module) for path, module in Members.of(model).first_names.items()}
 
 
 def changed_numbers(before: Mapping[str, Mapping[str, Any]] | nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -35,9 +37,9 @@ def changed_numbers(before: Mapping[str, Mapping[str, Any]] | nn.Module, model: 
         before: what `numbers_of` found, or the model that `model` is a changed copy of.
         model: the model as it is now.
     """
-    earlier = dict(before.named_modules()) if isinstance(before, nn.Module) else before
+    earlier = Members.of(before).first_names if isinstance(before, nn.Module) else before
     found = {}
-    for path, module in model.named_modules():
+    for path, module in Members.of(model).first_names.items():
         old = earlier.get(path, {})
         if isinstance(old, nn.Module):
             if _is_simple(vars(module)):

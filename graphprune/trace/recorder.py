@@ -66,7 +66,7 @@ def record(
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
     members = Members.of(model)
-    with preserve_state(model, members), without_caches(model, inputs, caches) as emptied, whole_attention(), below_autograd():
+    with preserve_state(model, members), without_caches(model, inputs, members, caches) as emptied, whole_attention(), below_autograd():
         recorder = _Recorder(model, inputs, members, on_value, on_call)
         recorder.runner = runner
         args, kwargs = recorder.bind_inputs()
