@@ -48,21 +48,20 @@ class Planned:
         return tuple(s(step) for s in self.schedules if s is not None)
 
 
-def planned(config_list: Sequence[Mapping[str, Any]], who: str, family: Family, *, own: bool) -> Planned:
+def planned(config_list: Sequence[Mapping[str, Any]], who: str, family: Family | None, *, own: bool) -> Planned:
     """Returns a config list with a schedule for each entry.
 
     Args:
         config_list: entries with a `sparsity` (or `sparsity_per_layer`, `total_sparsity`) to reach, by the family's schedule; or with
             `final_sparsity`, `end_epoch` and, if they differ from 0, 0 and 1, `initial_sparsity`, `start_epoch` and `frequency`.
         who: the pruner, for errors.
-        family: of schedules.
+        family: of schedules; None where every entry must have its own.
         own: whether entries may have schedules of their own, as in the second form.
 
     Raises:
         ConfigError: it is no list of dicts, or the schedule of an entry cannot be followed.
     """
-    if not isinstance(config_list, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in config_list):
-        raise ConfigError(f"config_list of {who} is not a list of dicts", "Pass one such as [{'sparsity': 0.8, 'op_types': ['default']}]")
+    check_entries(config_list, who, "'sparsity': 0.8" if family else "'final_sparsity': 0.8, 'end_epoch': 10")
     entries: list[dict[str, Any]] = []
     schedules: list[Schedule | None] = []
     for index, entry in enumerate(config_list):
@@ -74,10 +73,27 @@ def planned(config_list: Sequence[Mapping[str, Any]], who: str, family: Family, 
             continue
         if times and not own:
             raise ConfigError(f"{where} gives {times[0]!r}, and {who} has one schedule for all", "Write the 'sparsity' to reach")
-        schedule = _own(entry, where) if times else _of_family(entry, where, family)
-        entries.append({**{k: v for k, v in entry.items() if k not in _TIMES}, **({"sparsity": schedule(schedule.end)} if times else {})})
+        schedule = _own(entry, where) if family is None or times else _of_family(entry, where, family)
+        asks = any(key in entry for key in _AMOUNTS)
+        entries.append({**{k: v for k, v in entry.items() if k not in _TIMES}, **({} if asks else {"sparsity": schedule(schedule.end)})})
         schedules.append(schedule)
     return Planned(tuple(entries), tuple(schedules))
+
+
+def check_entries(config_list: object, who: str, example: str) -> None:
+    """Raises where a config list is no list of dicts.
+
+    Args:
+        config_list: what was given as one.
+        who: the pruner, for errors.
+        example: what an entry of it has in front of its selector.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(config_list, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in config_list):
+        what = f"config_list of {who} is not a list of dicts"
+        raise ConfigError(what, f"Pass one such as [{{{example}, 'op_types': ['default']}}]")
 
 
 def amount_of(entry: Mapping[str, Any]) -> str:
@@ -98,6 +114,9 @@ def _of_family(entry: Mapping[str, Any], where: str, family: Family) -> Schedule
 
 def _own(entry: Mapping[str, Any], where: str) -> Schedule:
     surplus = [key for key in _AMOUNTS if key in entry]
+    if surplus and not any(key in entry for key in _TIMES):
+        what = f"{where} gives {surplus[0]!r}, which is one sparsity and no schedule"
+        raise ConfigError(what, "Write 'final_sparsity' and 'end_epoch'")
     if surplus:
         raise ConfigError(f"{where} gives {surplus[0]!r} besides a schedule", "Remove it, or the keys of the schedule")
     missing = [key for key, default in _TIMES.items() if default is None and key not in entry]
