@@ -12,18 +12,23 @@ while the user trains it; with a model first, the last two are pruners of a mode
 model. `ModelSpeedup` takes the masks that `export_model` wrote, and shrinks the user's model.
 """
 
-from graphprune.compat.filters import (
+from graphprune.compat.lottery import LotteryTicketPruner
+from graphprune.compat.speedup import ModelSpeedup
+from graphprune.compat.table import (
     ActivationAPoZRankFilterPruner,
     ActivationMeanRankFilterPruner,
+    ADMMPruner,
+    AGPPruner,
+    AMCPruner,
+    AutoCompressPruner,
     FPGMPruner,
     L1FilterPruner,
     L2FilterPruner,
+    NetAdaptPruner,
+    SimulatedAnnealingPruner,
+    SlimPruner,
     TaylorFOWeightFilterPruner,
 )
-from graphprune.compat.lottery import LotteryTicketPruner
-from graphprune.compat.searches import AMCPruner, AutoCompressPruner, NetAdaptPruner, SimulatedAnnealingPruner
-from graphprune.compat.speedup import ModelSpeedup
-from graphprune.compat.trained import ADMMPruner, AGPPruner, SlimPruner
 from graphprune.compat.training import AGP_Pruner, LevelPruner, SensitivityPruner
 
 __all__ = [

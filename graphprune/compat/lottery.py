@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
 from graphprune import pruners
-from graphprune.compat.former import exported
+from graphprune.compat.former import Exporting
 from graphprune.errors import ConfigError
 from graphprune.masks.elements import ElementMasks
+from graphprune.schedules.entries import check_entries, planned
 from graphprune.schedules.functions import Exponential
 from graphprune.training.keeping import Keeper
 from graphprune.training.session import check_count
 
-ConfigList: TypeAlias = Sequence[Mapping[str, Any]]
-
 _ROUNDS = "prune_iterations"
 
 
-class LotteryTicketPruner:
+class LotteryTicketPruner(Exporting):
     """Masks a model in place, round by round, and puts model, optimizer and scheduler back to where they were when this was made.
 
     Frankle & Carbin, arXiv 1803.03635; `graphprune.LotteryTicketPruner` trains by itself, on a copy, and can be interrupted. Use::
@@ -48,16 +46,18 @@ class LotteryTicketPruner:
     def __init__(
         self,
         model: nn.Module,
-        config_list: ConfigList,
+        config_list: Sequence[Mapping[str, Any]],
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: Any = None,
         reset_weights: bool = True,  # noqa: FBT001, FBT002 (the call shape of that time)
     ) -> None:
-        self.rounds, self._entries = _parted(config_list)
+        self.rounds = rounds = _rounds(config_list)
+        entries = [{key: value for key, value in entry.items() if key != _ROUNDS} for entry in config_list]
+        self._plan = planned(entries, "LotteryTicketPruner", lambda final: Exponential(final, rounds), own=False)
         if reset_weights and optimizer is None:
             what = "LotteryTicketPruner is to put the optimizer back, and has none"
             raise ConfigError(what, "Pass optimizer=, or write reset_weights=False")
-        pruners.LevelPruner(model, self._entries)  # says what is wrong with the config list
+        pruners.LevelPruner(model, self._plan.entries)  # says what is wrong with the config list
         self._model, self._keeper = model, Keeper(model)
         self._masks = ElementMasks(model, {})
         self._round = -1
@@ -83,37 +83,22 @@ class LotteryTicketPruner:
         self._round += 1
         self._keeper.release()
         if self._round:
-            self._masks = pruners.LevelPruner(self._model, [_at(entry, self._round, self.rounds) for entry in self._entries]).masks()
+            self._masks = pruners.LevelPruner(self._model, self._plan.at(self._round)).masks()
         for it, state in zip(self._resets, self._states, strict=True):
             it.load_state_dict(copy.deepcopy(state))
         self._keeper.hold(self._masks)
 
-    def export_model(
-        self,
-        model_path: str | os.PathLike[str],
-        mask_path: str | os.PathLike[str] | None = None,
-        onnx_path: str | os.PathLike[str] | None = None,
-        input_shape: Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Writes the model, masked, see `graphprune.compat.former.Former.export_model`, and takes the hooks off it.
-
-        Raises:
-            ConfigError: no round has begun, or there is an onnx_path and no input_shape.
-            ExportError: no ONNX file reproduces the model.
-            FileError: a file cannot be written.
-        """
+    def _finished(self) -> tuple[nn.Module, ElementMasks]:
+        """Returns the model, off which the hooks are taken, and its masks."""
         if self._round < 0:
             raise ConfigError("LotteryTicketPruner has nothing to export yet", "Call pruner.prune_iteration_start() and train first")
         self._keeper.release()
-        exported(self._model, self._masks, model_path, mask_path, onnx_path, input_shape, device)
+        return self._model, self._masks
 
 
-def _parted(config_list: ConfigList) -> tuple[int, list[dict[str, Any]]]:
-    """Returns how many rounds there are, and the entries without that."""
-    if not isinstance(config_list, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in config_list):
-        example = "[{'prune_iterations': 5, 'sparsity': 0.8, 'op_types': ['default']}]"
-        raise ConfigError("config_list of LotteryTicketPruner is not a list of dicts", f"Pass one such as {example}")
+def _rounds(config_list: Sequence[Mapping[str, Any]]) -> int:
+    """Returns how many rounds the entries ask for."""
+    check_entries(config_list, "LotteryTicketPruner", "'prune_iterations': 5, 'sparsity': 0.8")
     for index, entry in enumerate(config_list):
         if not entry.get("exclude") and not (_ROUNDS in entry and "sparsity" in entry):
             what = f"config_list[{index}] of LotteryTicketPruner has no {'sparsity' if _ROUNDS in entry else _ROUNDS!r}"
@@ -121,9 +106,4 @@ def _parted(config_list: ConfigList) -> tuple[int, list[dict[str, Any]]]:
     rounds = {check_count(entry[_ROUNDS], _ROUNDS, 1) for entry in config_list if _ROUNDS in entry}
     if len(rounds) != 1:
         raise ConfigError(f"the entries of config_list have {len(rounds)} values of {_ROUNDS}", "Give all the same number of rounds")
-    return rounds.pop(), [{k: v for k, v in entry.items() if k != _ROUNDS} for entry in config_list]
-
-
-def _at(entry: Mapping[str, Any], number: int, rounds: int) -> dict[str, Any]:
-    """Returns an entry with the sparsity of a round."""
-    return {**entry, "sparsity": Exponential(entry["sparsity"], rounds)(number)} if "sparsity" in entry else dict(entry)
+    return rounds.pop()
