@@ -198,7 +198,7 @@ def test_a_known_network_has_its_known_cost() -> None:
     inputs = make_inputs(1)
     start = time.process_time()
     with torch.no_grad():
-        inputs.call(model)
+        model(inputs)
     forward = time.process_time() - start
     assert count(model, inputs) == Cost(25_557_032, 4_089_184_256)
     assert time.process_time() - start < 8 * forward
