@@ -75,18 +75,14 @@ def compared(dense: nn.Module, small: nn.Module, recipe: Recipe, inputs: Inputs)
         MaskError: the recipe was written for another model, or has no masks to rebuild the reference from.
         InputError: a model cannot be run on the inputs.
     """
-    from graphprune.masks.channels import checked_tensors
     from graphprune.speedup.speedup import speedup
-    from graphprune.surgery.rewriting import Removal
     from graphprune.trace.inputs import preserve_state, run
     from graphprune.verify.reference import reference_for
+    from graphprune.verify.replay import MaskedModel
 
     for step in recipe.steps[:-1]:
         dense, _ = speedup(dense, _masks(dense, step, inputs), verify=False, result=step.kind)
-    masks = _masks(dense, recipe.steps[-1], inputs)
-    analysis = masks.graph.engine
-    tensors = checked_tensors(dense, masks.graph)
-    reference = reference_for(dense, Removal(analysis, analysis.removed(masks.removed_causes)), masks, tensors)
+    reference = reference_for(MaskedModel.of(dense, _masks(dense, recipe.steps[-1], inputs)))
     with preserve_state(small):
         run(small, inputs.copied())
     return reference.check(small)

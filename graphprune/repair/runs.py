@@ -12,9 +12,9 @@ from graphprune.groups.propagate import operators
 from graphprune.masks.channels import checked_tensors
 from graphprune.ops.registry import named_arguments
 from graphprune.repair.windows import Windows
-from graphprune.surgery.rewriting import Removal
 from graphprune.trace.recorder import record
 from graphprune.verify.lockstep import ReferenceRun
+from graphprune.verify.replay import MaskedModel
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -47,12 +47,11 @@ class Runs:
 
     def __init__(self, original: nn.Module, masks: Masks, data: Source) -> None:
         self.original, self.data = original, data
-        self.pruned = masks.masked(original)
+        masked = MaskedModel.of(original, masks)
+        self.pruned = masked.module()
         self.tensors = checked_tensors(self.pruned, masks.graph)
         self.samples = 0
-        analysis = masks.graph.engine
-        self._program = analysis.program
-        self._removal = Removal(analysis, analysis.removed(masks.removed_causes))
+        self._program, self._removal = masked.program, masked.removal
 
     def watch(self, fits: list[Fit]) -> None:
         """Runs both networks on every batch, and shows the calls of layers to their fits.

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from graphprune.trace.inputs import Inputs, normalise
 from graphprune.trace.members import Members
 from graphprune.trace.recorder import record
 from graphprune.verify.reference import Reference, reference_for
-from graphprune.verify.replay import Check, relies_on_defaults, require, runs_as_recorded
+from graphprune.verify.replay import Check, MaskedModel, relies_on_defaults, require, runs_as_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,13 +110,13 @@ def shrink(
     surgeon = _Surgeon(model, masks, plan, verify=verify, inplace=inplace, as_recorded=as_recorded)
     before = Before.of(model, stays=not inplace)
     try:
-        small, kind, reason, check = surgeon.operate(result)
-        report = surgeon.report(small, kind, reason, check)
+        found = surgeon.operate(result)
+        report = surgeon.report(found)
     except BaseException:
         surgeon.undo()
         raise
-    remember(small, before, kind, surgeon.masks)
-    return small, report
+    remember(found.module, before, found.kind, surgeon.masks)
+    return found.module, report
 
 
 def _fitting(model: nn.Module, masks: Masks, example_inputs: object) -> Masks:
@@ -131,6 +132,23 @@ def _fitting(model: nn.Module, masks: Masks, example_inputs: object) -> Masks:
 def _same(example_inputs: object, recorded: Inputs) -> bool:
     mine, theirs = normalise(example_inputs).tensors(), recorded.tensors()
     return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Shrunk:
+    """A shrunk model.
+
+    Attributes:
+        module: the model.
+        kind: whether it is of the original's own class.
+        reason: why it is not.
+        check: how it compares with the masked model; None where that was not asked for.
+    """
+
+    module: nn.Module
+    kind: Literal["module", "graph"]
+    reason: str
+    check: Check | None
 
 
 class _Surgeon:
@@ -166,14 +184,15 @@ class _Surgeon:
         finally:
             self.seconds[step] += time.perf_counter() - start
 
-    def operate(self, result: str) -> tuple[nn.Module, Literal["module", "graph"], str, Check | None]:
-        """Shrinks and checks; returns the result, its kind, why that kind, and the check."""
+    def operate(self, result: str) -> _Shrunk:
+        """Shrinks and checks."""
         reference = self._reference() if self.verify else None
         why = "asked for"
         if result != "graph":
-            module, why, check = self._own_class(reference)
-            if module is not None:
-                return module, "module", "", check
+            own = self._own_class(reference)
+            if isinstance(own, _Shrunk):
+                return own
+            why = own
             if result == "module":
                 fix = "Use result='auto' (keep_class=False) to get a GraphModule instead"
                 raise VerificationError(f"the model's own class cannot be kept: {why}", fix)
@@ -190,15 +209,15 @@ class _Surgeon:
         check_graph = self._check(small, reference) if reference is not None else None
         if check_graph is not None and not check_graph.passed:
             require(check_graph, reference.where(small) if reference is not None else "")
-        return small, "graph", "; ".join(filter(None, [why, remark])), check_graph
+        return _Shrunk(small, "graph", "; ".join(filter(None, [why, remark])), check_graph)
 
     # -- own class ---------------------------------------------------------------------------------------------------------------
 
-    def _own_class(self, reference: Reference | None) -> tuple[nn.Module | None, str, Check | None]:
-        """Returns the model's own class shrunk, or None and why it cannot be kept."""
+    def _own_class(self, reference: Reference | None) -> _Shrunk | str:
+        """Returns the model's own class shrunk, or why it cannot be kept."""
         modules = self.program.modules
         if any(isinstance(m, torch.jit.ScriptModule) for m in modules.values()):
-            return None, f"{type(self.model).__name__} holds scripted modules, whose code cannot be resized", None
+            return f"{type(self.model).__name__} holds scripted modules, whose code cannot be resized"
         with self._timed("shrink"):
             simple = explained(self.removal, modules)
             found = Discovery({}) if simple else discover(self.model, self.removal, self.plan.demands if self.as_recorded else None)
@@ -210,7 +229,8 @@ class _Surgeon:
         why = self._verdict(small, check, reference, found.broken, simple=simple)
         if why:
             self.undo()
-        return (None if why else small), why, check
+            return why
+        return _Shrunk(small, "module", "", check)
 
     def _sliced_module(self) -> nn.Module:
         if not self.inplace:
@@ -258,7 +278,7 @@ class _Surgeon:
     def _reference(self) -> Reference:
         with self._timed("verify"):
             dense = self.program.outputs if self.as_recorded else None
-            return reference_for(self.model, self.removal, self.masks, self.tensors, dense)
+            return reference_for(MaskedModel(self.model, self.masks, self.removal, {n: t.detach() for n, t in self.tensors.items()}), dense)
 
     def _check(self, small: nn.Module, reference: Reference) -> Check:
         with self._timed("verify"):
@@ -280,13 +300,13 @@ class _Surgeon:
         kept = {n: self.positions.get(n, {}) for n in tensors}
         return {n: like(t, sliced(t, kept[n]) if kept[n] else t.detach().clone()) for n, t in tensors.items()}
 
-    def report(self, small: nn.Module, kind: Literal["module", "graph"], reason: str, check: Check | None) -> SpeedupReport:
+    def report(self, found: _Shrunk) -> SpeedupReport:
         """Returns the report on the finished speedup."""
-        plan = self.plan
-        after = self._cost(small, check.program) if check is not None else None
+        plan, check = self.plan, found.check
+        after = self._cost(found.module, check.program) if check is not None else None
         return SpeedupReport(
-            kind=kind,
-            reason=reason,
+            kind=found.kind,
+            reason=found.reason,
             verified=check is not None,
             error=check.error if check else 0.0,
             effect=check.effect if check else 0.0,

@@ -138,8 +138,21 @@ class ReferenceRun:
         return [gathered(t, v, self.removal).clone() if isinstance(t, torch.Tensor) else t for t, v in zip(result, parts, strict=True)]
 
 
-def follow(model: nn.Module, removal: Removal, *, masked: bool = True, everything: bool = False) -> tuple[Run, Removal]:
-    """Runs a model at full width; returns what it did, and the removal on the recording that has the same operators.
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """A run of a model along a recording.
+
+    Attributes:
+        run: what the model did.
+        removal: what goes, on the recording that has the same operators.
+    """
+
+    run: Run
+    removal: Removal
+
+
+def follow(model: nn.Module, removal: Removal, *, masked: bool = True, everything: bool = False) -> Followed:
+    """Runs a model at full width along a recording of it, or along a new one where it takes another path.
 
     Args:
         model: of the same class as the recorded one, with all or with masked weights.
@@ -155,7 +168,7 @@ def follow(model: nn.Module, removal: Removal, *, masked: bool = True, everythin
         follower = ReferenceRun(removal, masked=masked, everything=everything)
         follower.run.program = program = record(model, inputs, runner=follower)
         if not follower.run.departed:
-            return follower.run, removal
+            return Followed(follower.run, removal)
         removal = _relabelled(removal, program)
     what = "the masked model decides differently in every run, so that it cannot be compared with the shrunk one"
     raise InputError(what, "Pass other example inputs")

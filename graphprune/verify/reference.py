@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from graphprune.errors import GraphPruneError, InputError
-from graphprune.masks.copying import copied
-from graphprune.surgery.slicing import like
 from graphprune.torch_private import is_operator, name_of
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import preserve_state
@@ -17,14 +16,11 @@ from graphprune.trace.outputs import output_tensors
 from graphprune.trace.program import info
 from graphprune.trace.recorder import record
 from graphprune.verify.lockstep import DepartureError, Entry, Replay, Run, follow, lead
-from graphprune.verify.replay import Check, difference, first_difference, masked_outputs, masked_tensor, tolerance_for
+from graphprune.verify.replay import Check, MaskedModel, difference, first_difference, tolerance_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import fx, nn
 
-    from graphprune.masks.channels import Masks
     from graphprune.surgery.rewriting import Removal
     from graphprune.trace.program import Where
 
@@ -44,44 +40,33 @@ class Reference(Protocol):
         """Returns where a shrunk model first departs: operator and module path."""
 
 
-def reference_for(
-    model: nn.Module,
-    removal: Removal,
-    masks: Masks,
-    tensors: Mapping[str, torch.Tensor],
-    dense: list[torch.Tensor] | None = None,
-) -> Reference:
+def reference_for(masked: MaskedModel, dense: list[torch.Tensor] | None = None) -> Reference:
     """Runs a model masked, and all of it, to be compared with.
 
     Args:
-        model: the original model; left as it is.
-        removal: its recording and what goes.
-        masks: the masks behind it.
-        tensors: its parameters and buffers by all their names.
+        masked: the model and its masks.
         dense: what the model as it is now returns on the recorded inputs, where that is known.
 
     Raises:
         InputError: the model or the masked model gives values that nothing can be compared with, or their comparison needs other inputs.
     """
-    plain = {name: tensor.detach() for name, tensor in tensors.items()}
-    if is_delicate(removal.analysis.program):
-        return _LockstepReference.of(model, removal, masks, tensors)
-    inputs = removal.analysis.program.inputs
+    if is_delicate(masked.program):
+        return _LockstepReference.of(masked)
     if dense is None:
-        with preserve_state(model):
-            dense = output_tensors(inputs.copied().call(model))
-    masked = masked_outputs(removal, masks, plain)
+        with preserve_state(masked.model):
+            dense = output_tensors(masked.program.inputs.copied().call(masked.model))
+    outputs = masked.outputs()
 
     def first_without_values(*, of_masked: bool) -> str:
         watch = _NotFinite()
         if of_masked:
-            masked_outputs(removal, masks, plain, watch)
+            masked.outputs(watch)
         else:
-            record(model, inputs, on_value=watch)
+            record(masked.model, masked.program.inputs, on_value=watch)
         return watch.first
 
-    _require_values(dense, masked, first_without_values)
-    return _ReplayedReference(removal, masks, plain, masked, difference(dense, masked))
+    _require_values(dense, outputs, first_without_values)
+    return _ReplayedReference(masked, outputs, difference(dense, outputs))
 
 
 # -- replayed ----------------------------------------------------------------------------------------------------------------------
@@ -91,32 +76,31 @@ def reference_for(
 class _ReplayedReference:
     """The masked model as its recording says, in which nothing depends on values."""
 
-    removal: Removal
-    masks: Masks
-    tensors: Mapping[str, torch.Tensor]
+    masked: MaskedModel
     outputs: list[torch.Tensor]
     effect: float
 
     def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
         """Runs a shrunk model, as it is and recorded, and compares what it returns."""
-        program = self.removal.analysis.program
-        error, recorded = float("inf"), None
+        program = self.masked.program
+        tolerance, recorded = tolerance_for(program), None
         try:
             with preserve_state(small):
                 error = difference(self.outputs, output_tensors(program.inputs.copied().call(small)))
-            if error <= tolerance_for(program):
-                recorded = record(small, program.inputs, caches=caches)
-                error = max(error, difference(self.outputs, recorded.outputs))
         except GraphPruneError:
             raise
         except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes counts as different)
             error = float("inf")
-        return Check(error, self.effect, tolerance_for(program), program=recorded)
+        if error <= tolerance:
+            with suppress(GraphPruneError):
+                recorded = record(small, program.inputs, caches=caches)
+                error = max(error, difference(self.outputs, recorded.outputs))
+        return Check(error, self.effect, tolerance, program=recorded)
 
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""
         try:
-            return first_difference(small, self.removal, self.masks, self.tensors, tolerance_for(self.removal.analysis.program))
+            return first_difference(small, self.masked, tolerance_for(self.masked.program))
         except GraphPruneError as error:
             return error.what
 
@@ -135,18 +119,18 @@ class _LockstepReference:
     tolerance: float
 
     @staticmethod
-    def of(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> _LockstepReference:
-        masked_model = _masked_copy(model, removal, masks, tensors)
-        dense, _ = follow(model, removal, masked=False)
-        run, found = follow(masked_model, removal)
+    def of(masked: MaskedModel) -> _LockstepReference:
+        masked_module = masked.module()
+        dense = follow(masked.model, masked.removal, masked=False).run
+        found = follow(masked_module, masked.removal)
 
         def first_without_values(*, of_masked: bool) -> str:
             watch = _NotFinite()
-            record(masked_model if of_masked else model, removal.analysis.program.inputs, on_value=watch)
+            record(masked_module if of_masked else masked.model, masked.program.inputs, on_value=watch)
             return watch.first
 
-        _require_values(dense.outputs, run.outputs, first_without_values)
-        return _LockstepReference(masked_model, found, run, _effect(dense, run), tolerance_for(removal.analysis.program))
+        _require_values(dense.outputs, found.run.outputs, first_without_values)
+        return _LockstepReference(masked_module, found.removal, found.run, _effect(dense, found.run), tolerance_for(masked.program))
 
     def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
         """Runs a shrunk model and compares what it decides by, and what it returns."""
@@ -164,7 +148,7 @@ class _LockstepReference:
 
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""
-        run, _ = follow(self.model, self.removal, everything=True)
+        run = follow(self.model, self.removal, everything=True).run
         leader = Replay(run.entries, self.tolerance, everything=True)
         try:
             lead(small, self.removal.analysis.program.inputs, leader)
@@ -174,18 +158,6 @@ class _LockstepReference:
         except GraphPruneError as error:
             return error.what
         return "no single operator: the programs agree node by node"
-
-
-def _masked_copy(model: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Returns a copy of the model in which the removed channels' slices are zero."""
-    aliases = removal.analysis.program.aliases
-    positions = masks.positions()
-    memo: dict[int, Any] = {}
-    for name, tensor in tensors.items():
-        owner = aliases.get(name, name)
-        if positions.get(owner) and id(tensor) not in memo:
-            memo[id(tensor)] = like(tensor, masked_tensor(owner, removal, positions, {owner: tensor.detach()}).clone())
-    return copied(model, memo)
 
 
 def _effect(dense: Run, masked: Run) -> float:

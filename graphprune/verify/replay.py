@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError, VerificationError
+from graphprune.masks.channels import checked_tensors
 from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
 from graphprune.torch_private import is_operator, name_of
@@ -99,30 +100,68 @@ def tolerance_for(program: Program) -> float:
 # -- the masked reference ----------------------------------------------------------------------------------------------------------
 
 
-def masked_outputs(
-    removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor], on_value: Callable[[fx.Node, Any], None] | None = None
-) -> list[torch.Tensor]:
-    """Returns the outputs of the masked model, run from the recording at full width; `tensors` are masked as they are read."""
-    program = removal.analysis.program
-    positions = masks.positions()
-    env: dict[fx.Node, Any] = {}
-    last = _last_uses(program.graph)
-    arguments = iter([*program.inputs.copied().args, *program.inputs.copied().kwargs.values()])
-    with torch.inference_mode():
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(arguments)
-            elif node.op == "get_attr":
-                env[node] = masked_tensor(str(node.target), removal, positions, tensors)
-            elif node.op == "output":
-                return output_tensors(_loaded(node.args[0], env))
-            else:
-                env[node] = _masked_call(node, env, removal)
-                if on_value is not None and not info(node).placeholder:
-                    on_value(node, env[node])
-            for done in last.get(node, ()):
-                env.pop(done, None)
-    return []
+@dataclass(frozen=True, eq=False)
+class MaskedModel:
+    """What a model computes with masks: the one thing that shrunk and repaired models are held against.
+
+    Attributes:
+        model: the original model, left as it is.
+        masks: which channels stay.
+        removal: the recording of the model, and what goes.
+        tensors: the model's parameters and buffers by all their names, detached: the model may be shrunk in place meanwhile.
+    """
+
+    model: nn.Module
+    masks: Masks
+    removal: Removal
+    tensors: Mapping[str, torch.Tensor]
+
+    @staticmethod
+    def of(model: nn.Module, masks: Masks) -> MaskedModel:
+        """Puts masks on a model.
+
+        Raises:
+            MaskError: the masks were made for another model.
+        """
+        analysis = masks.graph.engine
+        removal = Removal(analysis, analysis.removed(masks.removed_causes))
+        return MaskedModel(model, masks, removal, {n: t.detach() for n, t in checked_tensors(model, masks.graph).items()})
+
+    @property
+    def program(self) -> Program:
+        """The recording of the original model."""
+        return self.removal.analysis.program
+
+    def module(self) -> nn.Module:
+        """Returns a copy of the model in which the removed channels' slices are zero (statistics are taken by who runs it)."""
+        return self.masks.masked(self.model)
+
+    def outputs(self, on_value: Callable[[fx.Node, Any], None] | None = None) -> list[torch.Tensor]:
+        """Returns what the masked model returns on the recorded inputs, run from the recording at full width.
+
+        Args:
+            on_value: called with every node and what it gave.
+        """
+        positions = self.masks.positions()
+        env: dict[fx.Node, Any] = {}
+        last = _last_uses(self.program.graph)
+        inputs = self.program.inputs.copied()
+        arguments = iter([*inputs.args, *inputs.kwargs.values()])
+        with torch.inference_mode():
+            for node in self.program.graph.nodes:
+                if node.op == "placeholder":
+                    env[node] = next(arguments)
+                elif node.op == "get_attr":
+                    env[node] = masked_tensor(str(node.target), self.program, positions, self.tensors)
+                elif node.op == "output":
+                    return output_tensors(_loaded(node.args[0], env))
+                else:
+                    env[node] = _masked_call(node, env, self.removal)
+                    if on_value is not None and not info(node).placeholder:
+                        on_value(node, env[node])
+                for done in last.get(node, ()):
+                    env.pop(done, None)
+        return []
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -137,10 +176,9 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def masked_tensor(
-    name: str, removal: Removal, positions: Mapping[str, Mapping[int, Any]], tensors: Mapping[str, torch.Tensor]
+    name: str, program: Program, positions: Mapping[str, Mapping[int, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Returns a tensor of the model with zeros in the removed positions (its own memory where it has none)."""
-    program = removal.analysis.program
     tensor = tensors[name] if name in tensors else program.constants[name]
     dims = positions.get(name)
     if not dims or name.endswith("running_var"):
@@ -209,10 +247,11 @@ def _scattered(tensor: torch.Tensor, value: Value, removal: Removal) -> torch.Te
 # -- finding where ---------------------------------------------------------------------------------------------------------------
 
 
-def first_difference(small: nn.Module, removal: Removal, masks: Masks, tensors: Mapping[str, torch.Tensor], tolerance: float) -> str:
+def first_difference(small: nn.Module, masked: MaskedModel, tolerance: float) -> str:
     """Returns where the shrunk model first departs from the masked one: operator and module path, in the order of execution."""
     wanted: list[tuple[fx.Node, torch.Tensor]] = []
-    masked_outputs(removal, masks, tensors, lambda n, v: wanted.append((n, v.clone())) if isinstance(v, torch.Tensor) else None)
+    removal = masked.removal
+    masked.outputs(lambda n, v: wanted.append((n, v.clone())) if isinstance(v, torch.Tensor) else None)
     found: list[tuple[fx.Node, torch.Tensor]] = []
     failure = ""
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import graphprune as gp
-from graphprune.verify import reference, replay
+from graphprune.verify.replay import MaskedModel
 from tests.support.operators import filled, normal
 from tests.support.torchvision_shim import import_torchvision
 
@@ -91,13 +91,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         if type(module) in roots:
             seen.append(type(module).__name__)
 
-    original = replay.masked_outputs
+    original = MaskedModel.outputs
 
     def masked(*args: Any, **kwargs: Any) -> list[Tensor]:
         seen.append("masked")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(reference, "masked_outputs", masked)
+    monkeypatch.setattr(MaskedModel, "outputs", masked)
     handle = register_module_forward_pre_hook(entered)
     yield seen
     handle.remove()
