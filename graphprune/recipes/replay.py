@@ -100,7 +100,9 @@ def _sliced_again(model: nn.Module, step: Step, path: str | os.PathLike[str]) ->
             if keep.ndim != 1 or not keep.size or keep[0] < 0 or keep[-1] >= size or (np.diff(keep) <= 0).any():
                 what = f"the recipe in {str(path)!r} is damaged: the kept positions of {name!r} dim {dim} do not fit its size {size}"
                 raise FileError(what, "Pass a file written by graphprune.save")
-    small = shrunk_copy(model, tensors, step.kept)
+    tied = {n: o for n, o in step.aliases.items() if n in tensors and o in tensors and identity(tensors[n]) == identity(tensors[o])}
+    alone = {n: step.kept[o] for n, o in step.aliases.items() if n in tensors and n not in tied and o in step.kept}
+    small = shrunk_copy(model, tensors, {**step.kept, **alone}, tied)
     modules = dict(small.named_modules())
     for where, values in step.attributes.items():
         for name, value in values.items():
@@ -138,7 +140,8 @@ def _fill(small: nn.Module, state: dict[str, torch.Tensor], recipe: Recipe) -> N
         other = tied.setdefault(identity(tensor), name)
         if other != name and not torch.equal(state[other], state[name]):
             raise MaskError(f"{name!r} and {other!r} are tied in this {recipe.class_name}, but differ in the file", _FRESH)
+    converted: dict[object, torch.Tensor] = {}
     for name, tensor in [*small.named_parameters(), *small.named_buffers()]:
-        if name in state and state[name].dtype != tensor.dtype:
-            tensor.data = tensor.data.to(state[name].dtype)
+        if name in state and state[name].dtype != tensor.dtype:  # what is tied by memory stays so
+            tensor.data = converted.setdefault(identity(tensor), tensor.data.to(state[name].dtype))
     small.load_state_dict(state)
