@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from graphprune.ops.labels import FROZEN, NO_REASON, Dim, Ids, LabelTable
+from tests.support.operators import Case, check, vectors
 
 LENGTH = 6
 CUTS = ((2, 3), (3, 2), (6, 1), (1, 6))
@@ -157,6 +161,131 @@ def test_removal_of_causes() -> None:
     assert table.removed(labels, flags).tolist() == [False, False, False, True, False]
     flags[a[0]] = True
     assert table.removed(labels, flags).tolist() == [True, False, False, True, False]
+
+
+# -- several causes that meet several ------------------------------------------------------------------------------------------------
+
+
+def together(table: LabelTable, *causes: Ids) -> Ids:
+    """Returns the label with these causes, in this order."""
+    label = causes[0]
+    for cause in causes[1:]:
+        label = table.product(label, cause)
+    return label
+
+
+def test_unions_of_several() -> None:
+    """The union of two sets of causes holds each cause once, whichever of them overlap, and leaves both as they were."""
+    table = LabelTable()
+    a, b, c, d = (table.fresh(1) for _ in range(4))
+    left = np.concatenate([together(table, a, b), together(table, a, b), together(table, a, b, c), ids(FROZEN), d])
+    right = np.concatenate(
+        [together(table, c, d), together(table, b, c, d), together(table, a, c), together(table, a, b), together(table, a, d)]
+    )
+    before = sets(table, left), sets(table, right)
+    assert sets(table, table.product(left, right)) == [x | y for x, y in zip(*before, strict=True)]
+    assert [len(label) for label in sets(table, table.product(left, right))] == [4, 4, 3, 2, 2]
+    assert (sets(table, left), sets(table, right)) == before
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_as_many_causes_meet_one_by_one(order: tuple[int, ...]) -> None:
+    """{a, b, c} = {d, e, f} makes a and d, b and e, c and f equal, in the order in which the labels were put together, and no others."""
+    table = LabelTable()
+    one, two = [table.fresh(1) for _ in range(3)], [table.fresh(1) for _ in range(3)]
+    assert table.unify(together(table, *one), together(table, *(two[i] for i in order)), 1) == 0
+    assert [sets(table, x) for x in one] == [sets(table, two[i]) for i in order]
+    assert len({int(table.roots(x)[0]) for x in one}) == 3
+
+
+def test_common_causes_are_no_part_of_the_meeting() -> None:
+    """{a, x, b} = {x, c, d} says nothing of x: a and c, b and d are equal."""
+    table = LabelTable()
+    a, b, c, d, x = (table.fresh(1) for _ in range(5))
+    assert table.unify(together(table, a, x, b), together(table, x, c, d), 1) == 0
+    assert sets(table, a) == sets(table, c) == [frozenset({int(a[0])})]
+    assert sets(table, b) == sets(table, d) == [frozenset({int(b[0])})]
+    assert sets(table, x) == [frozenset({int(x[0])})]
+
+
+def test_one_cause_left_becomes_the_several_that_it_meets() -> None:
+    """{a, x} = {x, b, c} refines a into {b, c}, everywhere that a was seen."""
+    table = LabelTable()
+    a, b, c, x, y = (table.fresh(1) for _ in range(5))
+    elsewhere = together(table, a, y)
+    assert table.unify(together(table, a, x), together(table, x, b, c), 1) == 0
+    assert sets(table, a) == [frozenset({int(b[0]), int(c[0])})]
+    assert sets(table, elsewhere) == sets(table, together(table, b, c, y))
+    assert len(sets(table, x)[0]) == len(sets(table, b)[0]) == 1
+
+
+def test_several_that_meet_more_become_one() -> None:
+    """{a, b, x} = {c, d, e, x} cannot be matched one by one: all but x are one cause, which lives; nothing else changes."""
+    table = LabelTable()
+    a, b, c, d, e, x, y = (table.fresh(1) for _ in range(7))
+    elsewhere = together(table, b, y)
+    assert table.unify(together(table, a, b, x), together(table, c, d, e, x), 1) == 0
+    (merged,) = sets(table, a)
+    assert len(merged) == 1
+    assert [sets(table, label) for label in (b, c, d, e)] == [[merged]] * 4
+    assert sets(table, elsewhere) == [merged | {int(y[0])}]
+    assert sets(table, together(table, x, y)) == [frozenset({int(x[0]), int(y[0])})]
+
+
+def test_causes_that_meet_nothing_are_frozen() -> None:
+    """{a, b} = {a, b, c, d} can only hold where c and d are nothing, for the reason of this meeting."""
+    table = LabelTable()
+    a, b, c, d = (table.fresh(1) for _ in range(4))
+    assert table.unify(together(table, a, b), together(table, c, a, d, b), 6) == 2
+    assert sets(table, np.concatenate([a, b, c, d])) == [frozenset({int(a[0])}), frozenset({int(b[0])}), frozenset(), frozenset()]
+    assert table.reasons(np.concatenate([a, b, c, d])).tolist() == [NO_REASON, NO_REASON, 6, 6]
+
+
+def test_meetings_of_all_kinds_in_one_call() -> None:
+    """Rows of one call that match, refine, merge and freeze do so independently of each other."""
+    table = LabelTable()
+    rows = [[table.fresh(1) for _ in range(6)] for _ in range(4)]
+    counts = [(2, 2), (2, 3), (2, 4), (2, 4)]  # causes on the left and on the right
+    shared = [[], [0], [], [0, 1]]  # which of the left stand on the right, too
+    left, right = [], []
+    for row, (few, many), common in zip(rows, counts, shared, strict=True):
+        left.append(together(table, *row[:few]))
+        right.append(together(table, *(row[i] for i in common), *row[few : few + many - len(common)]))
+    assert table.unify(np.concatenate(left), np.concatenate(right), 9) == 2
+    assert sets(table, np.concatenate(left)) == sets(table, np.concatenate(right))
+    alive = [[len(label) for label in sets(table, np.concatenate(row))] for row in rows]
+    assert alive == [[1, 1, 1, 1, 1, 1], [1, 2, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]]
+    distinct = [len({int(table.roots(x)[0]) for x in row[:4]} - {FROZEN}) for row in rows]
+    assert distinct == [2, 4, 1, 2]
+
+
+def cut_twice(first: tuple[int, ...], second: tuple[int, ...]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Returns a forward pass in which what was cut one way is added to what was cut another way."""
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        one, two = torch.relu(m.a(x)).view(-1, *first).flatten(1), torch.relu(m.b(x)).view(-1, *second).flatten(1)
+        out: torch.Tensor = m.c(one + two)
+        return out
+
+    return run
+
+
+SLICES = "a.bias/0*{0} a.weight/0*{0} b.bias/0*{0} b.weight/0*{0} c.weight/1*{0}"
+WHOLE = {"a.weight/0": "owns all of a.weight dim 0"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "groups", "frozen"),
+    [
+        ((2, 6), (2, 6), ["2 exact block: " + SLICES.format(6), "6 exact within: " + SLICES.format(2)], {}),
+        ((2, 6), (4, 3), ["2 exact block: " + SLICES.format(6), "3 exact within: " + SLICES.format(4)], {}),
+        ((2, 2, 3), (2, 6), [], WHOLE),  # three causes meet two: all are one
+    ],
+)
+def test_cuts_that_meet_in_a_network(first: tuple[int, ...], second: tuple[int, ...], groups: list[str], frozen: dict[str, str]) -> None:
+    """What the algebra makes of two cuts that meet are groups whose removal is exact, or none where it can only merge."""
+    parts = {"a": nn.Linear(4, 12), "b": nn.Linear(4, 12), "c": nn.Linear(12, 3)}
+    check(Case("cut twice", cut_twice(first, second), parts, groups, frozen=frozen, inputs=vectors, kind="graph"))
 
 
 # -- atoms against a naive partition -------------------------------------------------------------------------------------------------
