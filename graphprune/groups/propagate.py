@@ -324,7 +324,7 @@ def _outputs(node: fx.Node, op: Op, labels: Any) -> Any:
     pieces: list[Any] = [*op.pieces] or [None] * len(op.outputs)
     if len(op.outputs) == 1 and known.dtype is not None:
         tensor, boolean = known.tensor, known.dtype is torch.bool
-        return Value(op.outputs[0], labels, node.name, constant, tensor, zero=zero, boolean=boolean, piece=pieces[0])
+        return Value(op.outputs[0], labels, node.name, constant, tensor, zero=zero, boolean=boolean, piece=pieces[0], whole_of=op.whole_of)
     if len(op.outputs) == 1 and not (labels and isinstance(labels[0], list)):  # a list of one tensor, by a rule that spoke of the tensor
         labels = [labels]
     parts = zip(op.outputs, labels, pieces, strict=True)

@@ -26,7 +26,10 @@ def slice_(op: Op) -> Labels:
     labels = op.dims(x)
     start, end, _ = slice(op["start"], op["end"], step).indices(x.shape[dim])
     whole = labels[dim]
-    if whole is None or (start, end, step) == (0, x.shape[dim], 1):
+    if (start, end, step) == (0, x.shape[dim], 1):  # older releases of PyTorch slice the batch like this for `x[:, i]`
+        op.whole_of = x.whole_of or x
+        return labels
+    if whole is None:
         return labels
     if step != 1 and op.written(x):
         labels[dim] = _in_step(op, whole, start, end, step)
@@ -101,7 +104,7 @@ def select(op: Op) -> Labels:
         op.freeze(whole, AT_RUN_TIME)
         return labels
     first = position % whole.size
-    op.pieces = [Piece(x, dim, first, whole[first : first + 1], op.reason("is picked by a literal position"))]
+    op.pieces = [Piece(x.whole_of or x, dim, first, whole[first : first + 1], op.reason("is picked by a literal position"))]
     if position < 0:
         op.become(torch.ops.aten.select.int, {"self": x, "dim": dim, "index": first})
     op.extent("index", whole[:first])
@@ -117,7 +120,7 @@ def unbind(op: Op) -> list[Labels]:
     whole = labels.pop(dim)
     if whole is not None:
         reason = op.reason("is taken apart position by position")
-        op.pieces = [Piece(x, dim, i, whole, reason) for i in range(whole.size)]
+        op.pieces = [Piece(x.whole_of or x, dim, i, whole, reason) for i in range(whole.size)]
     return [list(labels) for _ in op.outputs]
 
 

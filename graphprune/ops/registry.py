@@ -98,6 +98,7 @@ class Value:
         zero: whether a removed channel is zero here in the masked network.
         boolean: whether its elements are truth values.
         piece: what it was taken out of, where it is one position of a dimension.
+        whole_of: what it is a slice of, where that slice leaves nothing out: the same tensor.
     """
 
     shape: tuple[int, ...]
@@ -109,6 +110,7 @@ class Value:
     zero: bool = False
     boolean: bool = False
     piece: Piece | None = None
+    whole_of: Value | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +193,7 @@ class Op:
         notes: what the rule says beside labels.
         open: dimensions of the output along which it may be stated how often one value is repeated.
         pieces: what each output is a piece of, where they are single positions of a dimension.
+        whole_of: what the output is a slice of that leaves nothing out.
         later: ids of tensor arguments whose memory is written by operators that run after this one.
         unbound: (parameter name, dim) -> why a dimension stays that had met nothing when it was frozen.
         offered: whether the rule had such dimensions to offer.
@@ -214,6 +217,7 @@ class Op:
     later: frozenset[int] = frozenset()
     unbound: dict[tuple[str, int], Why] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    whole_of: Value | None = None
     offered: bool = False
     refused: bool = False
     idle: frozenset[int] = frozenset()

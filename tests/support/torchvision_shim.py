@@ -20,6 +20,7 @@ import torch
 if TYPE_CHECKING:
     from types import ModuleType
 
+_STEMS: Final = ("_C", "_C_stable")  # of the extension's file, until torchvision 0.28 and since
 _BOXES: Final = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _POOL: Final = "Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width"
 _CONV: Final = ", ".join(
@@ -67,7 +68,9 @@ def extension_loads() -> bool:
         message = "No module named 'torchvision'"
         raise ModuleNotFoundError(message, name="torchvision")
     folder = Path(spec.submodule_search_locations[0])
-    libraries = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").exists()]
+    libraries = [
+        path for stem in _STEMS for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"{stem}{suffix}").exists()
+    ]
     if not libraries:
         return False
     try:
