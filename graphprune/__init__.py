@@ -13,6 +13,8 @@ from threading import RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from graphprune.torch_version import require_torch
+
 if TYPE_CHECKING:
     from graphprune.cost.count import Cost, count
     from graphprune.criteria.activations import APoZ, MeanActivation
@@ -263,3 +265,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+require_torch()

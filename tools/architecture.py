@@ -25,7 +25,7 @@ PACKAGE = "graphprune"
 MOST_ROOMS = 30
 
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("words", ("errors", "ops", "torch_private")),
+    ("words", ("errors", "ops", "torch_private", "torch_version")),
     ("what ran", ("runs", "trace", "latency")),
     ("structure", ("groups", "export")),
     ("numbers", ("sizes", "masks")),
