@@ -120,7 +120,7 @@ class Masks(Mapping[str, "NDArray[np.bool_]"]):
             known = [n.rpartition(".")[0] for n in self.graph.shapes]
             raise MaskError(f"no module with parameters is called {module!r}", nearest(module, known) or "See graph.layers")
         positions = self.positions()
-        return {n[len(prefix) :]: _dense(self.graph.shapes[known_as[n]], positions.get(known_as[n], {})) for n in names}
+        return {n[len(prefix) :]: dense(self.graph.shapes[known_as[n]], positions.get(known_as[n], {})) for n in names}
 
     def apply(self, model: nn.Module) -> None:
         """Zeroes the removed channels' slices in place (running variances stay: a zero there would divide by nothing).
@@ -241,7 +241,8 @@ def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], members:
     return tensors
 
 
-def _dense(shape: tuple[int, ...], dims: Mapping[int, NDArray[np.int64]]) -> torch.Tensor:
+def dense(shape: tuple[int, ...], dims: Mapping[int, NDArray[np.int64]]) -> torch.Tensor:
+    """Returns a boolean tensor of a shape, True where all of its dimensions are among the positions that are kept."""
     keep = torch.ones(shape, dtype=torch.bool)
     for dim, positions in dims.items():
         _zero(keep, dim, positions)

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from graphprune.errors import ConfigError, FileError
 from graphprune.runs.atomic import atomic, leftovers
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "graphprune.run"
 _OWN = "tensor/"
 _RANDOM = "random/"
@@ -138,10 +138,14 @@ class Run:
                 raise FileError(what, f"Give the same {name} to go on with that run. {_OTHER}")
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns a SHA-256 over names, types, shapes and values, for settings to say which weights a run began with."""
+def digest(values: Mapping[str, Any]) -> str:
+    """Returns a SHA-256 over names, types, shapes and values of tensors, for settings to say which weights a run began with.
+
+    Args:
+        values: by name; what is no tensor is left out.
+    """
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted((name, value) for name, value in values.items() if isinstance(value, torch.Tensor)):
         value = tensor.detach().cpu().contiguous()
         total.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())

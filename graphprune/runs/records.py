@@ -1,53 +1,169 @@
-"""Records of a long run, one per round or epoch: a sequence that becomes a table, CSV or a plot, and a bar while it runs."""
+"""Records of what ran, one per round, epoch, trial or measurement: as a table, as CSV and as a plot, by columns that are declared once.
+
+A record is a dataclass with `columns`; what has records derives from `Records` and says which rows there are and how they are drawn.
+"""
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from graphprune.runs.progress import new_figure, ticking, written, written_csv
+from graphprune.errors import ConfigError, FileError
+from graphprune.runs.atomic import atomic
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
+R = TypeVar("R")
 
-class Record(Protocol):
-    """What records have in common; they are dataclasses."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+@dataclass(frozen=True)
+class Column:
+    """A column of records.
+
+    Attributes:
+        name: heading in CSV files, and the attribute that is shown; "" leaves it out of CSV files.
+        head: heading in the table; None leaves it out of tables.
+        spec: format specification of a value in the table.
+        value: from a record to what is shown, in place of the attribute.
+    """
+
+    name: str
+    head: str | None = None
+    spec: str = ""
+    value: Callable[[Any], Any] | None = None
+
+    def of(self, record: object) -> Any:
+        """Returns a record's value."""
+        return getattr(record, self.name) if self.value is None else self.value(record)
+
+    def shown(self, record: object) -> str:
+        """Returns a record's value as it stands in the table: nothing for None, every value of a tuple once."""
+        value = self.of(record)
+        values = dict.fromkeys(value) if isinstance(value, tuple) else () if value is None else (value,)
+        return " ".join(format(item, self.spec) for item in values)
+
+    def written(self, record: object) -> Any:
+        """Returns a record's value as it stands in CSV files."""
+        value = self.of(record)
+        if isinstance(value, tuple):
+            return " ".join(item if isinstance(item, str) else f"{item:g}" for item in value)
+        return "" if value is None else value
+
+
+def spread(records: Iterable[Any], attribute: str) -> list[Column]:
+    """Returns a column in CSV files for every key of a mapping that records have, 0 where it is not in one."""
+    keys = dict.fromkeys(key for record in records for key in getattr(record, attribute))
+    return [Column(key, value=lambda record, key=key: getattr(record, attribute).get(key, 0.0)) for key in keys]  # type: ignore[misc]  # key
+
+
+class Records(Generic[R]):
+    """What has records."""
+
+    what: ClassVar[str]  # they are, as messages say it
+    inches: ClassVar[tuple[float, float]] = (7, 4)  # of the plot
 
     @property
-    def sparsity(self) -> float:
-        """What is gone."""
-        ...
+    @abstractmethod
+    def _rows(self) -> Sequence[R]:
+        """The records."""
 
     @property
-    def score(self) -> float | None:
-        """What the evaluator said, None without one."""
-        ...
+    @abstractmethod
+    def _columns(self) -> Sequence[Column]:
+        """The columns of the table and of CSV files."""
+
+    @property
+    def _heading(self) -> str:
+        """What stands above the table."""
+        return self.what.removeprefix("the ").capitalize()
+
+    @abstractmethod
+    def _draw(self, figure: Figure) -> None:
+        """Draws the records."""
+
+    def table(self) -> Table:
+        """Returns the table for the terminal."""
+        from rich.table import Table  # noqa: PLC0415 (only where something is shown)
+
+        out, columns = Table(title=self._heading), [column for column in self._columns if column.head is not None]
+        for column in columns:
+            out.add_column(column.head or "", justify="right" if column.head else "left")
+        for record in self._rows:
+            out.add_row(*(column.shown(record) for column in columns))
+        return out
+
+    def __rich__(self) -> Table:
+        """Returns the table."""
+        return self.table()
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one line per record under a line of headings; the file appears when it is complete.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        columns, text = [column for column in self._columns if column.name], io.StringIO(newline="")
+        lines = ([column.written(record) for column in columns] for record in self._rows)
+        csv.writer(text).writerows([[column.name for column in columns], *lines])
+        _write(path, self.what, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8", newline=""))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the records into a file (PNG, SVG or PDF, by its ending), which appears when it is complete.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+            FileError: the file cannot be written.
+        """
+        try:
+            from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+        except ImportError as error:
+            fix = "Install it with `pip install matplotlib`"
+            raise ConfigError("plots are drawn by matplotlib, which is not installed", fix) from error
+        figure = Figure(figsize=self.inches, layout="constrained")
+        self._draw(figure)
+        _write(path, "the plot", figure.savefig)
+
+    def keep(self, folder: str | os.PathLike[str] | None, name: str, *, anew: bool = True) -> None:
+        """Writes the records into the folder of a run: `name`.csv and, where matplotlib is installed, `name`.png.
+
+        Args:
+            folder: where to; None writes nothing.
+            name: of the files.
+            anew: write them although they are there.
+
+        Raises:
+            FileError: they cannot be written.
+        """
+        if folder is None:
+            return
+        table, plot = Path(folder) / f"{name}.csv", Path(folder) / f"{name}.png"
+        if anew or not table.exists():
+            self.to_csv(table)
+        if (anew or not plot.exists()) and find_spec("matplotlib") is not None:
+            self.plot(plot)
 
 
-R = TypeVar("R", bound=Record)
-
-
-class Records(Sequence[R]):
-    """Records, in order.
+class RecordSequence(Records[R], Sequence[R]):
+    """Records with a sparsity and a score, in order: a sequence.
 
     Args:
         records: one per round or epoch.
         title: above the table and the plot.
     """
 
-    kind: ClassVar[type]  # of the records
-    counted: ClassVar[str]  # which of their fields says which one it is
-    axis: ClassVar[str]  # what that counts, in a word
+    what = "the history"
+    kind: ClassVar[Any]  # of the records; its first column says which one it is
 
-    def __init__(self, records: Sequence[R], title: str) -> None:
+    def __init__(self, records: Sequence[R], title: str = "Rounds") -> None:
         self._records = tuple(records)
         self._title = title
 
@@ -64,47 +180,40 @@ class Records(Sequence[R]):
         return len(self._records)
 
     def __eq__(self, other: object) -> bool:
-        return self._records == (other._records if isinstance(other, Records) else other)
+        return self._records == (other._records if isinstance(other, RecordSequence) else other)
 
     def __hash__(self) -> int:
         return hash(self._records)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Returns plain values, for JSON."""
-        return [asdict(r) for r in self._records]
+        return [asdict(record) for record in self._records]  # type: ignore[call-overload]  # they are dataclasses
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per record under a line of headings; the file appears when it is complete.
+    @property
+    def _rows(self) -> Sequence[R]:
+        return self._records
 
-        Raises:
-            FileError: it cannot be written.
-        """
-        lines = ([_cell(value) for value in asdict(r).values()] for r in self._records)
-        written_csv(path, "the history", ([f.name for f in fields(self.kind)], *lines))
+    @property
+    def _columns(self) -> Sequence[Column]:
+        columns: tuple[Column, ...] = self.kind.columns
+        return columns
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws sparsity and score over the records into a file (PNG, SVG or PDF, by its ending).
+    @property
+    def _heading(self) -> str:
+        return self._title
 
-        Raises:
-            ConfigError: matplotlib is not installed.
-            FileError: the file cannot be written.
-        """
-        figure = new_figure(7, 4)
-        left = figure.subplots()
-        numbers = [getattr(r, self.counted) for r in self._records]
-        left.plot(numbers, [r.sparsity for r in self._records], "o-", color="tab:blue", label="sparsity")
-        left.set(xlabel=self.axis, ylabel="sparsity", title=self._title)
-        scores = [(number, r.score) for number, r in zip(numbers, self._records, strict=True) if r.score is not None]
-        if scores:
+    def _draw(self, figure: Figure) -> None:
+        """Draws sparsity and score over the records."""
+        left, counted = figure.subplots(), self._columns[0]
+        records: list[Any] = list(self._records)
+        left.plot([counted.of(r) for r in records], [r.sparsity for r in records], "o-", color="tab:blue", label="sparsity")
+        left.set(xlabel=counted.head, ylabel="sparsity", title=self._title)
+        scored = [r for r in records if r.score is not None]
+        if scored:
             right = left.twinx()
-            right.plot([number for number, _ in scores], [score for _, score in scores], "s-", color="tab:orange", label="score")
+            right.plot([counted.of(r) for r in scored], [r.score for r in scored], "s-", color="tab:orange", label="score")
             right.set_ylabel("score")
         figure.legend(loc="outside lower center", ncols=2)
-        written(path, "the plot", figure.savefig)
-
-    @abstractmethod
-    def __rich__(self) -> Table:
-        """Returns the table for the terminal."""
 
     def __str__(self) -> str:
         """The table as plain text."""
@@ -115,26 +224,15 @@ class Records(Sequence[R]):
         return text.getvalue().rstrip()
 
 
-def _cell(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return " ".join(f"{item:g}" for item in value)
-    return "" if value is None else value
+def _write(path: str | os.PathLike[str], what: str, write: Callable[[Path], object]) -> None:
+    """Writes a file under a temporary name with the same ending, and renames it.
 
-
-@contextmanager
-def bar(what: str, total: int, done: int, *, shown: bool) -> Iterator[Callable[[Record], None]]:
-    """Shows a bar with score, sparsity and time left on stderr while the block runs, if asked to and stderr is a terminal.
-
-    Args:
-        what: is being run.
-        total: how many rounds or epochs there will be.
-        done: how many there were already.
-        shown: whether to show it.
+    Raises:
+        FileError: it cannot be written.
     """
-    with ticking(what, total, done, shown=shown) as tick:
-
-        def advance(last: Record) -> None:
-            score = "" if last.score is None else f", score {last.score:.4g}"
-            tick(f"sparsity {last.sparsity:.1%}{score}")
-
-        yield advance
+    try:
+        with atomic(path) as temporary:
+            write(temporary)
+    except (OSError, ValueError) as error:
+        fix = "Choose a folder that exists and is writable, and an ending that fits"
+        raise FileError(f"cannot write {what} to {str(path)!r}: {error}", fix) from error

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from graphprune.errors import ConfigError
-from graphprune.runs.records import Records, bar
+from graphprune.runs.records import Column, RecordSequence
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["History", "Movement", "Movements", "Round", "bar"]
+_SPARSITY, _SCORE, _SECONDS = Column("sparsity", "sparsity", ".1%"), Column("score", "score", ".4f"), Column("seconds", "seconds", ".1f")
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,15 @@ class Round:
         seconds: wall time; rounds that differ only in this are equal.
     """
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("number", "round"),
+        Column("asked", "asked", ".1%"),
+        _SPARSITY,
+        Column("params", "parameters", ","),
+        Column("macs", "MACs", ","),
+        _SCORE,
+        _SECONDS,
+    )
     number: int
     asked: tuple[float, ...]
     sparsity: float
@@ -51,6 +56,14 @@ class Movement:
         seconds: wall time; epochs that differ only in this are equal.
     """
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("epoch", "epoch"),
+        Column("steps", "steps", ","),
+        Column("stage", "stage", ".1%"),
+        _SPARSITY,
+        _SCORE,
+        _SECONDS,
+    )
     epoch: int
     steps: int
     stage: float
@@ -59,19 +72,10 @@ class Movement:
     seconds: float = field(default=0.0, compare=False)
 
 
-class History(Records[Round]):
-    """The rounds, in order.
-
-    Args:
-        records: one record each.
-        title: above the table.
-    """
+class History(RecordSequence[Round]):
+    """The rounds, in order; see `RecordSequence`."""
 
     kind = Round
-    counted, axis = "number", "round"
-
-    def __init__(self, records: Sequence[Round], title: str = "Rounds") -> None:
-        super().__init__(records, title)
 
     @property
     def best(self) -> Round:
@@ -85,36 +89,18 @@ class History(Records[Round]):
             raise ConfigError("there is no round yet", "Call compress() first")
         return max(pruned, key=lambda r: (0.0 if r.score is None else r.score, r.number))
 
-    def __rich__(self) -> Table:
-        """Returns the table for the terminal."""
-        from rich.table import Table  # noqa: PLC0415 (only where something is shown)
-
-        table = Table(title=self._title)
-        for head in ("round", "asked", "sparsity", "parameters", "MACs", "score", "seconds", ""):
-            table.add_column(head, justify="right" if head else "left")
-        top = self.best.number if any(r.number for r in self) and any(r.score is not None for r in self) else None
-        for r in self:
-            macs, score = ("" if r.macs is None else f"{r.macs:,}"), ("" if r.score is None else f"{r.score:.4f}")
-            asked = " ".join(f"{a:.1%}" for a in dict.fromkeys(r.asked))
-            mark = "best" if r.number == top else ""
-            table.add_row(str(r.number), asked, f"{r.sparsity:.1%}", f"{r.params:,}", macs, score, f"{r.seconds:.1f}", mark)
-        return table
+    @property
+    def _columns(self) -> tuple[Column, ...]:
+        top = self.best if any(r.number for r in self) and any(r.score is not None for r in self) else None
+        return (*self.kind.columns, Column("", "", value=lambda r: "best" if r is top else ""))
 
 
-class Movements(Records[Movement]):
-    """The epochs of movement pruning, in order; see `Records`."""
+class Movements(RecordSequence[Movement]):
+    """The epochs of movement pruning, in order; see `RecordSequence`."""
 
     kind = Movement
-    counted, axis = "epoch", "epoch"
 
-    def __rich__(self) -> Table:
-        """Returns the table for the terminal."""
-        from rich.table import Table  # noqa: PLC0415 (only where something is shown)
 
-        table = Table(title=self._title)
-        for head in ("epoch", "steps", "stage", "sparsity", "score", "seconds"):
-            table.add_column(head, justify="right")
-        for r in self:
-            score = "" if r.score is None else f"{r.score:.4f}"
-            table.add_row(str(r.epoch), f"{r.steps:,}", f"{r.stage:.1%}", f"{r.sparsity:.1%}", score, f"{r.seconds:.1f}")
-        return table
+def said(record: Round | Movement) -> str:
+    """Returns what a record comes to, for a bar."""
+    return f"sparsity {record.sparsity:.1%}" + ("" if record.score is None else f", score {record.score:.4g}")

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -20,10 +19,11 @@ from graphprune.masks.channels import tensors_of
 from graphprune.pruners.base import Options
 from graphprune.pruners.budgets import Plan
 from graphprune.runs.checkpoint import Run, digest
-from graphprune.runs.progress import keep_history
-from graphprune.schedules.history import Movement, Movements, bar
+from graphprune.runs.progress import ticking
+from graphprune.schedules.history import Movement, Movements, said
 from graphprune.schedules.moving import MovementSettings, Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
+from graphprune.training.packing import load, save
 from graphprune.training.session import check_count, course, refuse_evaluator, refuse_former
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from graphprune.masks.channels import Masks
     from graphprune.masks.elements import ElementMasks
-    from graphprune.training.session import MakeOptimizer, Trainer
+from graphprune.training.session import MakeOptimizer, Trainer
 
 MovementMode: TypeAlias = Literal["hard", "soft"]
 _KINDS = ("finegrained", "rows", "channels", "auto")
@@ -213,27 +213,26 @@ class MovementPruner:
             self.scores = {name: score.detach() for name, score in moving.scores.items()}
             self.achieved = {name: 1.0 - float(flags.double().mean()) for name, flags in moving.kept.items()}
             self.model, self._masks = moving.session.model, self.scored.masks(moving.kept)
-            keep_history(self.history, self.folder, _KIND)
+            self.history.keep(self.folder, _KIND)
         return self._masks
 
     def _train(self, moving: Moving) -> None:
         """Trains the epochs that are missing, and saves each."""
         run = Run(None, _KIND, {}) if self.folder is None else Run(self.folder, _KIND, self._settings(moving))
-        saved, done = run.load(), list[Movement]()
+        saved, done = load(run), list[Movement]()
         if saved is not None:
             moving.restore(saved)
-            done = [Movement(**record) for record in saved.state["epochs"]]
+            done = saved["epochs"]
         self.history = Movements(done, type(self).__name__)
-        with moving.masked(), bar(type(self).__name__, self.training_epochs, len(done), shown=self.progress) as shows:
+        with moving.masked(), ticking(type(self).__name__, self.training_epochs, len(done), shown=self.progress) as tick:
             for epoch in range(1 + len(done), self.training_epochs + 1):
                 record = moving.epoch(epoch)
                 self._check_length(record)
                 done.append(record)
                 self.history = Movements(done, type(self).__name__)
                 if run.path is not None:
-                    state, tensors = moving.saved()
-                    run.save({**state, "epochs": [asdict(each) for each in done]}, tensors)
-                shows(record)
+                    save(run, type(self).__name__, {**moving.saved(), "epochs": done})
+                tick(said(record))
 
     def _settings(self, moving: Moving) -> dict[str, Any]:
         """Returns what the result depends on, as plain values."""

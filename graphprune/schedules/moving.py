@@ -18,13 +18,13 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from graphprune.errors import ConfigError, InputError
-from graphprune.runs.checkpoint import Saved, digest
+from graphprune.runs.checkpoint import digest
 from graphprune.schedules.history import Movement
 from graphprune.torch_private import own_parameters
 from graphprune.training.finetuning import checked_score
-from graphprune.training.packing import packed_optimizer, parameters_of, restore_optimizer, settings_of
-from graphprune.training.session import Session, flags_kept
-from graphprune.training.tensors import Kept
+from graphprune.training.keeping import removed
+from graphprune.training.packing import ModuleState, Packer, parameters_of, settings_of
+from graphprune.training.session import Session, behind_closure, flags_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,11 +115,11 @@ class Moving:
         self._gradients: dict[str, Tensor] | None = None
         self._reached: set[str] = set()
         self._owned: dict[str, Tensor] = {}
-        self._modules = {"model": Kept(self.session.model, "model/")}
+        self._modules = {"model": ModuleState(self.session.model)}
         if isinstance(self.session.criterion, nn.Module):
-            self._modules["criterion"] = Kept(self.session.criterion, "criterion/")
+            self._modules["criterion"] = ModuleState(self.session.criterion)
         optimizer = self.session.optimizer
-        held = {id(p) for kept in self._modules.values() for p in kept.parameters.values()}
+        held = {id(p) for state in self._modules.values() for p in state.parameters.values()}
         self._others = [p for p in parameters_of(optimizer) if id(p) not in held]  # that the user's optimizer trains besides
         if not isinstance(optimizer, torch.optim.LBFGS):  # which remembers how many numbers it optimizes
             optimizer.param_groups[0]["params"].extend(self._leaves.values())
@@ -177,49 +177,53 @@ class Moving:
 
     def settings(self) -> dict[str, Any]:
         """Returns what both optimizers begin with, as plain values."""
-        both = {"optimizer": self.session.optimizer, "score_optimizer": self._trainer}
-        begun = {f"{name}_state": digest(packed_optimizer(optimizer, "")[1]) for name, optimizer in both.items()}
-        return {**{name: settings_of(optimizer) for name, optimizer in both.items()}, **begun}
+        found: dict[str, Any] = {}
+        for name, optimizer in (("optimizer", self.session.optimizer), ("score_optimizer", self._trainer)):
+            packer = Packer(self._who)
+            packer.pack(optimizer, name)
+            found |= {name: settings_of(optimizer), f"{name}_state": digest(packer.tensors)}
+        return found
 
-    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns where training stands behind an epoch, as plain values and tensors.
+    def saved(self) -> dict[str, Any]:
+        """Returns where training stands behind an epoch, for `graphprune.training.packing.save`.
 
         Raises:
-            ConfigError: an optimizer or a module holds what cannot be kept.
+            ConfigError: the trainer added parameters to the optimizer.
         """
         if [len(group["params"]) for group in self.session.optimizer.param_groups] != self._sizes:
             what = f"the trainer of {self._who} added parameters to the optimizer, and which they are cannot be kept in a folder"
             raise ConfigError(what, "Give all parameters to the optimizer from the beginning, or leave folder= out")
-        optimizer, tensors = packed_optimizer(self.session.optimizer, "optimizer/")
-        trainer, own = packed_optimizer(self._trainer, "score_optimizer/")
-        tensors |= own
-        modules = {}
-        for name, kept in self._modules.items():
-            modules[name], own = kept.saved()
-            tensors |= own
-        tensors |= {f"other/{index}": tensor for index, tensor in enumerate(self._others)}
-        for name, score in self.scores.items():
-            tensors |= {f"score/{name}": score, f"kept/{name}": self.kept[name]}
-        plain = {"optimizer": optimizer, "score_optimizer": trainer, "modules": modules}
-        return {**plain, "steps": self.session.steps, "reached": sorted(self._reached)}, tensors
+        return {
+            "optimizer": self.session.optimizer,
+            "score_optimizer": self._trainer,
+            "modules": self._modules,
+            "others": self._others,
+            "scores": self.scores,
+            "kept": self.kept,
+            "steps": self.session.steps,
+            "reached": sorted(self._reached),
+        }
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: Mapping[str, Any]) -> None:
         """Puts a training that has not begun where the saved one stood."""
-        found, plain = saved.tensors, saved.state
-        for name, kept in self._modules.items():
-            kept.restore(plain["modules"][name], found)
+        for name, state in self._modules.items():
+            saved["modules"][name].fill(state)
         with torch.no_grad():
-            for index, tensor in enumerate(self._others):
-                tensor.copy_(found[f"other/{index}"])
+            for tensor, value in zip(self._others, saved["others"], strict=True):
+                tensor.copy_(value)
             for name, score in self.scores.items():
-                score.copy_(found[f"score/{name}"])
-                self.kept[name] = found[f"kept/{name}"].to(score.device)
+                score.copy_(saved["scores"][name])
+                self.kept[name] = saved["kept"][name].to(score.device)
             self._scored.spread(self.kept, self._leaves)
-        restore_optimizer(self.session.optimizer, plain["optimizer"], found)
-        restore_optimizer(self._trainer, plain["score_optimizer"], found)
-        self.session.steps, self._reached = plain["steps"], set(plain["reached"])
+        saved["optimizer"].fill(self.session.optimizer)
+        saved["score_optimizer"].fill(self._trainer)
+        self.session.steps, self._reached = saved["steps"], set(saved["reached"])
         if self.session.steps >= self._settings.cool_down_beginning_step:
-            self._owned = self._scored.owned(self._scored.masks(self.kept))
+            self._owned = self._gone()
+
+    def _gone(self) -> dict[str, Tensor]:
+        """Returns parameter -> what of it goes with the masked scores."""
+        return removed(self._tensors, self._scored.masks(self.kept))
 
     def check_reached(self) -> None:
         """Raises where nothing is known of a weight.
@@ -234,20 +238,9 @@ class Moving:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Takes the gradients of the masks now, or behind the first call of a closure."""
-        this, *rest = args
-        closure = kwargs.get("closure", rest[0] if rest else None)
-        if closure is None:
-            self._take(getattr(optimizer, "grad_scale", None))  # fused optimizers are given gradients that are still scaled
-            return args, kwargs
+        return behind_closure(optimizer, args, kwargs, self._take)
 
-        def taken() -> Any:
-            value = closure()
-            self._take()
-            return value
-
-        return ((this, taken, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": taken})
-
-    def _take(self, scale: Tensor | None = None) -> None:
+    def _take(self, scale: Tensor | None) -> None:
         found = {name: leaf.grad for name, leaf in self._leaves.items() if leaf.grad is not None}
         for leaf in self._leaves.values():
             leaf.grad = None
@@ -264,9 +257,9 @@ class Moving:
                 self._train_scores(taken, self._settings.stage(steps - 1))
                 self._mask(self._settings.stage(steps))
             if steps == end:
-                self._owned = self._scored.owned(self._scored.masks(self.kept))
-            for name, mask in self._owned.items():
-                self._tensors[name].masked_fill_(~mask.to(self._tensors[name].device), 0)
+                self._owned = self._gone()
+            for name, gone in self._owned.items():
+                self._tensors[name].masked_fill_(gone, 0)
 
     def _train_scores(self, taken: Mapping[str, Tensor], stage: float) -> None:
         for score in self.scores.values():

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,19 +20,18 @@ from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
-from graphprune.masks.copying import copied
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.base import Pruner
-from graphprune.runs.checkpoint import Run, digest
-from graphprune.runs.progress import keep_history
+from graphprune.runs.checkpoint import digest
+from graphprune.runs.progress import Tick
 from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of
 from graphprune.schedules.entries import Planned, planned, relative
 from graphprune.schedules.functions import Linear, Schedule
-from graphprune.schedules.history import History, Round, bar
-from graphprune.schedules.state import Outcome, State
+from graphprune.schedules.history import Round, said
+from graphprune.schedules.state import InRounds, State
 from graphprune.training.finetuning import TrainingConfig, TrainingCopy, checked_score
 from graphprune.training.keeping import held, removed
-from graphprune.training.packing import settings_of
+from graphprune.training.packing import is_plain, settings_of
 from graphprune.training.session import Course, check_count, flags_kept
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from graphprune.training.finetuning import Finetune, MakeScheduler
 
 
-class RoundsPruner:
+class RoundsPruner(InRounds):
     """What the pruners that work in rounds share. Round t of n: prune to the sparsities of step t, train, evaluate.
 
     Sparsities are always shares of the ORIGINAL model: of its channels, or of its weights. What has gone once stays gone (but for ADMM
@@ -83,7 +81,6 @@ class RoundsPruner:
 
     kind: ClassVar[str] = "rounds"
     own_schedules: ClassVar[bool] = False  # whether entries may have schedules of their own
-    first: ClassVar[int] = 1  # the first round; round 0 trains the whole model
 
     def __init__(  # noqa: PLR0913 (the call shape of NNI, and the project's words)
         self,
@@ -151,55 +148,6 @@ class RoundsPruner:
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 
-    def compress(self) -> tuple[nn.Module, Masks | ElementMasks]:
-        """Runs the rounds that are missing; returns (the model of the last, the masks of the original model).
-
-        Raises:
-            ConfigError: the trainer never steps its optimizer, or the evaluator returns no number.
-            FileError: the folder holds a run with other settings.
-            VerificationError: a shrunk model does not compute what its masked model computes.
-        """
-        if len(self.history) < self.total + 1 - self.first:
-            run = Run(self.folder, self.kind, self.settings())
-            if self._state is None or self._broken:
-                self._state = None
-                self._begin(run)
-            self._broken = True  # until all rounds are done: what an exception leaves is no round
-            with bar(type(self).__name__, self.total + 1 - self.first, len(self.history), shown=self.progress) as shows:
-                for number in range(self.first + len(self.history), self.total + 1):
-                    shows(self._round(number))
-                    run.save(*self.state.saved())
-                    self._keep(number)
-            self._broken = False
-            keep_history(self.history, self.folder, self.kind)
-        last = self.last
-        return last.model, last.masks
-
-    @property
-    def history(self) -> History:
-        """The rounds so far, as a table, CSV or plot."""
-        return History(() if self._state is None else self._state.rounds, type(self).__name__)
-
-    @property
-    def last(self) -> Outcome:
-        """What the last round left.
-
-        Raises:
-            ConfigError: there was none yet.
-        """
-        if self._state is None or not self._state.rounds or self._state.masks is None:
-            raise ConfigError(f"{type(self).__name__} has no result yet", "Call compress() first")
-        return Outcome(self._state.rounds[-1], self._state.trainee.model, self._state.masks)
-
-    @property
-    def best(self) -> Outcome:
-        """What the round with the highest score left, of equal ones the sparser; without an evaluator, the last.
-
-        Raises:
-            ConfigError: there was none yet.
-        """
-        return self.last if self._state is None or self._state.best is None else self._state.best
-
     def get_best_result(self) -> tuple[int, nn.Module, Masks | ElementMasks, float | None, list[dict[str, Any]]]:
         """Returns the best round as NNI does: (number, model, masks, score, config list of that round)."""
         found = self.best
@@ -207,8 +155,7 @@ class RoundsPruner:
 
     def settings(self) -> dict[str, Any]:
         """Returns what the result depends on, as plain values, for `Run`."""
-        params = {name: value if _is_simple(value) else type(value).__name__ for name, value in self.algorithm.params.items()}
-        tensors = {n: t for n, t in self.model.state_dict().items() if isinstance(t, torch.Tensor)}
+        params = {name: value if is_plain(value) else type(value).__name__ for name, value in self.algorithm.params.items()}
         return {
             "pruner": type(self).__name__,
             "algorithm": self.algorithm.kind.__name__,
@@ -218,7 +165,7 @@ class RoundsPruner:
             "training_epochs": self.wishes.training_epochs,
             "optimizer": settings_of(self.wishes.optimizer),
             "pruning_params": params,
-            "model": digest(tensors),
+            "model": digest(self.model.state_dict()),
         }
 
     # -- one round ---------------------------------------------------------------------------------------------------------------
@@ -235,16 +182,7 @@ class RoundsPruner:
             self._state = State(trainee, self.graph, None if self.graph is None else Masks(self.graph))
         return self._state
 
-    def _begin(self, run: Run) -> None:
-        """Starts, or goes on where the run was."""
-        saved = run.load()
-        if saved is not None:
-            self.state.restore(saved)
-            run.load()  # for its random numbers, of which tracing the model may have used some
-        elif run.path is not None:
-            self.state.trainee.check_optimizer_parameters(type(self).__name__)
-
-    def _round(self, number: int) -> Round:
+    def _round(self, number: int, tick: Tick) -> None:
         start = time.perf_counter()
         state = self.state
         if number:
@@ -256,8 +194,8 @@ class RoundsPruner:
         record = Round(number, self.plan.asked(number), sparsity, params, macs, score, time.perf_counter() - start)
         state.rounds = (*state.rounds, record)
         if score is not None and number and state.masks is not None and self.history.best is record:
-            state.best = Outcome(record, copied(state.trainee.model, {}), state.masks)
-        return record
+            state.keep_best(record)
+        tick(said(record))
 
     def train(self, number: int) -> None:
         """Trains the model behind the pruning of a round."""
@@ -305,15 +243,8 @@ class RoundsPruner:
         if isinstance(masks, Masks) and self._forecast is not None:
             cost = self._forecast.cost({name: masks[name] for name in masks})
             return cost.params, cost.macs
-        gone = {} if masks is None else removed(model, masks)
+        gone = {} if masks is None else removed(dict(model.named_parameters(remove_duplicate=False)), masks)
         return sum(p.numel() for p in model.parameters()) - sum(int(g.sum()) for g in gone.values()), None
-
-    def _keep(self, number: int) -> None:
-        """Writes a round's model, if asked to."""
-        if not self.keep or self.folder is None:
-            return
-        run = Run(Path(self.folder) / "rounds", f"{self.kind}-{number:03d}", self.settings())
-        run.save({"round": self.history.to_dicts()[-1]}, self.state.trainee.model.state_dict())
 
     # -- checks ------------------------------------------------------------------------------------------------------------------
 
@@ -334,9 +265,3 @@ class LinearPruner(RoundsPruner):
     def schedule(self, final: float, steps: int) -> Schedule:
         """Returns the linear schedule."""
         return Linear(final, steps)
-
-
-def _is_simple(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_simple(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,10 +68,6 @@ class Scored(Protocol):
 
     def masks(self, kept: Mapping[str, Tensor]) -> Masks | ElementMasks:
         """Returns the masks that say the same."""
-        ...
-
-    def owned(self, masks: Masks | ElementMasks) -> dict[str, Tensor]:
-        """Returns parameter -> boolean mask of all that goes with what `masks` remove."""
         ...
 
 
@@ -194,10 +189,6 @@ class Blocks:
         """Returns the masks of the weights."""
         return ElementMasks(self.model, {name: self._weights[name].dense(flags).cpu() for name, flags in kept.items()})
 
-    def owned(self, masks: Masks | ElementMasks) -> dict[str, Tensor]:
-        """Returns the masks as they are: nothing else goes with a weight."""
-        return {name: masks[name] for name in masks} if isinstance(masks, ElementMasks) else {}
-
 
 class Channels:
     """One score per channel of each group that the config list selects; its gradient comes from the weights that produce the channel.
@@ -240,8 +231,6 @@ class Channels:
         self._slices = {name: slices for name, slices in deciding.items() if slices and name not in asked.whole}
         if not self._slices:
             raise ConfigError(f"{who} finds no channels to prune in what the config list selects", "Select more layers")
-        owners = [s.parameter for group in self.graph.groups for s in group.slices if s.parameter in parameters]
-        self._owners = {name: tuple(parameters[name].shape) for name in owners}
         self._pruner, self._asked = pruner, asked
         self._most = {name: asked.most[name] for name in self._slices}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: (self.graph[name].channels,) for name in self._slices}
@@ -301,17 +290,6 @@ class Channels:
     def masks(self, kept: Mapping[str, Tensor]) -> Masks:
         """Returns the masks of groups."""
         return Masks(self.graph, {name: flags.cpu().numpy() for name, flags in kept.items()})
-
-    def owned(self, masks: Masks | ElementMasks) -> dict[str, Tensor]:
-        """Returns parameter -> boolean mask of all parameters that own something of a channel that goes: biases and readers, too."""
-        out = {}
-        for name, dims in masks.positions().items() if isinstance(masks, Masks) else ():
-            if name in self._owners:
-                out[name] = torch.ones(self._owners[name], dtype=torch.bool)
-                for dim, positions in dims.items():
-                    gone = np.setdiff1d(np.arange(self._owners[name][dim]), positions)
-                    out[name].index_fill_(dim, torch.from_numpy(gone), value=False)
-        return out
 
 
 def _without(scores: Tensor, count: int) -> Tensor:

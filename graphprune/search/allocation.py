@@ -14,6 +14,7 @@ from graphprune.criteria.distances import FPGM
 from graphprune.masks.channels import Masks
 from graphprune.pruners.budgets import keep_highest
 from graphprune.schedules.algorithms import FPGMOfKept
+from graphprune.schedules.state import places
 from graphprune.search.objective import Objective, Sparsities, Trial
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Remaining(Objective):
     @property
     def met(self) -> bool:
         """Whether what is left costs no more than it may."""
-        whole = {name: self.scores[name].size for name in self.groups}
-        return all(c.cost({n: whole[n] for n in c.names}) <= c.target for c in self.constraints)
+        return all(c.of(self.sizes) <= c.target for c in self.constraints)
 
 
 class Projection:
@@ -135,32 +135,4 @@ class Projection:
         return energy
 
     def _places(self, parameter: str, dim: int) -> NDArray[np.int64]:
-        return _places(self._graph, self._present, parameter, dim)
-
-
-def narrowed(small: DependencyGraph, graph: DependencyGraph, present: Kept, masks: Masks) -> Masks:
-    """Returns the masks of a shrunk model by which the masks of the original model are reached.
-
-    Args:
-        small: the groups of the shrunk model.
-        graph: those of the original one.
-        present: parameter -> dim -> which positions of the original parameter the shrunk model has.
-        masks: of the original model; they keep nothing that is gone already.
-    """
-    after, found = masks.positions(), {}
-    for group in small.groups:
-        alive = np.ones(group.channels, dtype=bool)
-        for s in group.producers:
-            name = graph.aliases.get(s.parameter, s.parameter)
-            keep = after.get(name, {}).get(s.dim)
-            if keep is not None:
-                stays = np.isin(_places(graph, present, name, s.dim), keep)
-                alive &= stays[s.index].any(axis=1)  # of a head, some rows may go with the width of all heads
-        found[group.name] = alive
-    return Masks(small, found)
-
-
-def _places(graph: DependencyGraph, present: Kept, parameter: str, dim: int) -> NDArray[np.int64]:
-    """Returns which positions of the original parameter there are."""
-    found = present.get(parameter, {}).get(dim)
-    return np.arange(graph.shapes[parameter][dim], dtype=np.int64) if found is None else found
+        return places(self._graph, self._present, parameter, dim)

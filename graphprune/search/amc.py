@@ -19,15 +19,15 @@ from graphprune.cost.predict import Forecast
 from graphprune.criteria.base import Criterion
 from graphprune.pruners.budgets import first_met, keep_highest
 from graphprune.runs.checkpoint import Run
-from graphprune.runs.progress import keep_history
-from graphprune.search.base import SearchResult
+from graphprune.runs.progress import ticking
+from graphprune.search.base import SearchResult, said
 from graphprune.search.base import best as best_of
 from graphprune.search.ddpg import DDPG, Agent, Transition
 from graphprune.search.objective import Constraint, Objective, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
-from graphprune.search.showing import bar
 from graphprune.sensitivity.bench import same_random
 from graphprune.sensitivity.scoreboard import name_of
+from graphprune.training.packing import load, save
 from graphprune.training.session import check_count, refuse_former
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ class Course:
         dense = self._forecast.dense
         now, least, goal = 0.0, 0.0, 1.0
         for constraint in [c for c in self.objective.constraints if name in c.names][:1]:
-            full = self._cost(constraint, {n: self.objective.scores[n].size for n in constraint.names})
+            full = constraint.of(self.objective.sizes)
             goal = max(full - constraint.target, 1e-12)
-            present = self._cost(constraint, counts)
-            now, least = full - present, present - self._cost(constraint, self._pruned(counts, at))
+            present = constraint.of(counts)
+            now, least = full - present, present - constraint.of(self._pruned(counts, at))
         numbers = [
             at / max(len(groups) - 1, 1),
             channels / max(c for c, _ in self._fixed),
@@ -160,13 +160,9 @@ class Course:
         scores = self.objective.scores
         return {n: keep_highest(scores[n], k) for n, k in counts.items() if k < scores[n].size}
 
-    @staticmethod
-    def _cost(constraint: Constraint, counts: Mapping[str, int]) -> float:
-        return constraint.cost({n: counts[n] for n in constraint.names})
-
     def _first(self, options: Sequence[int], constraint: Constraint, name: str, counts: Mapping[str, int]) -> int:
         """Returns the first of a group's falling options with which a constraint is met, the last one if it never is."""
-        return options[first_met(options[:-1], lambda k: self._cost(constraint, {**counts, name: k}) <= constraint.target)]
+        return options[first_met(options[:-1], lambda k: constraint.of({**counts, name: k}) <= constraint.target)]
 
 
 class AMCPruner(SearchPruner):
@@ -254,46 +250,30 @@ class AMCPruner(SearchPruner):
         self._seed, self._folder, self._progress = seed, folder, progress
         self._result: SearchResult | None = None
 
-    # -- results -----------------------------------------------------------------------------------------------------------------
-
-    def search(self) -> SearchResult:
-        """Returns the trials; runs the episodes on the first call, or those that are missing in the folder.
-
-        Raises:
-            ConfigError: the evaluator returns no finite number.
-            FileError: the folder holds a run with other settings, or cannot be written.
-        """
-        if self._result is None:
-            self._run()
-            self._result = SearchResult.of(self.history[: self.total])
-        return self._result
-
     # -- episodes ----------------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _search(self) -> SearchResult:
         """Runs all episodes, or those that are missing."""
         run = Run(self._folder, _KIND, {**self.objective.settings(), **self._settings})
-        saved = run.load()
+        saved = load(run)
         if saved is not None:
-            self.history = tuple(Trial.from_dict(plain) for plain in saved.state["history"])
-            self.episodes = tuple(Episode(**plain) for plain in saved.state["episodes"])
-            self._agent.restore(saved.state["agent"], saved.tensors)
+            self.history, self.episodes = saved["history"], saved["episodes"]
+            self._agent.restore(saved["agent"])
         known, before = {tuple(t.sparsities.values()): t for t in self.history}, len(self.history)
-        with bar(_KIND, self.total, self.history, shown=self._progress) as shows:
+        with ticking(_KIND, self.total, before, shown=self._progress) as tick:
             while len(self.history) < self.total:
                 self._episode(known)
-                plain, tensors = self._agent.state()
-                kept = {"history": [t.to_dict() for t in self.history], "episodes": [asdict(e) for e in self.episodes], "agent": plain}
-                run.save(kept, tensors)
-                shows(self.history[-1], best_of(self.history))
-        keep_history(SearchResult.of(self.history), self._folder, _KIND, anew=len(self.history) > before)
+                save(run, _KIND, {"history": self.history, "episodes": self.episodes, "agent": self._agent.state()})
+                tick(said(self.history[-1], best_of(self.history)))
+        SearchResult.of(self.history).keep(self._folder, _KIND, anew=len(self.history) > before)
+        return SearchResult.of(self.history[: self.total])
 
     def _episode(self, known: dict[tuple[float, ...], Trial]) -> None:
         """Goes through all groups once, scores the result and learns."""
         number, objective = len(self.history), self.objective
         warm = self.how.warm_up or 0
         noise = self.how.noise * self.how.noise_decay ** (number - warm) if number >= warm else 1.0
-        counts = {n: objective.scores[n].size for n in objective.groups}
+        counts = objective.sizes
         steps: list[Transition] = []
         wanted: dict[str, float] = {}
         state = self.course.features(0, counts, 0.0)
@@ -315,8 +295,7 @@ class AMCPruner(SearchPruner):
 
     def _tried(self, counts: Mapping[str, int], number: int, known: dict[tuple[float, ...], Trial]) -> Trial:
         """Returns the trial of these counts; of widths that were evaluated before, with their score."""
-        sizes = {n: self.objective.scores[n].size for n in self.objective.groups}
-        sparsities = {n: (size - counts[n]) / size for n, size in sizes.items()}
+        sparsities = {n: (size - counts[n]) / size for n, size in self.objective.sizes.items()}
         key = tuple(sparsities.values())
         if key in known:
             return replace(known[key], number=number, seconds=0.0)

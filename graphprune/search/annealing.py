@@ -188,7 +188,7 @@ class Annealing:
             "score": self._score,
             "temperature": self._temperature,
             "losses": self._losses,
-            "moves": [asdict(move) for move in self.moves],
+            "moves": self.moves,
             "generator": self._generator.bit_generator.state,
         }
 
@@ -196,7 +196,7 @@ class Annealing:
         """Puts them back."""
         self._current, self._score = dict(state["current"]), state["score"]
         self._temperature, self._losses = state["temperature"], list(state["losses"])
-        self.moves = tuple(Move(**move) for move in state["moves"])
+        self.moves = tuple(state["moves"])
         self._generator.bit_generator.state = state["generator"]
 
 
@@ -280,14 +280,9 @@ class SimulatedAnnealingPruner(SearchPruner):
         self._folder, self._progress = folder, progress
         self._result: SearchResult | None = None
 
-    def search(self) -> SearchResult:
-        """Returns the trials; runs them on the first call, or those that are missing in the folder."""
-        if self._result is None:
-            count, where = self._annealing.cooling.trials, self._folder
-            self._result = run(
-                self.objective, self._annealing, count, where, self._progress, kind="simulated-annealing", settings=self._settings
-            )
-        return self._result
+    def _search(self) -> SearchResult:
+        how: dict[str, Any] = {"kind": "simulated-annealing", "settings": self._settings}
+        return run(self.objective, self._annealing, self._annealing.cooling.trials, self._folder, self._progress, **how)
 
     @property
     def history(self) -> tuple[Trial, ...]:

@@ -9,48 +9,47 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graphprune.cost.count import Cost, count
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, InputError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, tensors_of
-from graphprune.masks.copying import copied
 from graphprune.pruners.admm import ADMMPruner, Convergence
 from graphprune.pruners.base import Options
 from graphprune.pruners.budgets import Budget
 from graphprune.pruners.config import AMOUNTS, split_rho
-from graphprune.runs.checkpoint import Run, digest
-from graphprune.runs.progress import keep_history, ticking
+from graphprune.runs.checkpoint import digest
+from graphprune.runs.progress import Tick
 from graphprune.schedules.functions import Exponential
-from graphprune.schedules.state import Outcome, State
-from graphprune.search.allocation import Projection, Remaining, narrowed
+from graphprune.schedules.history import said
+from graphprune.schedules.state import InRounds, State, narrowed
+from graphprune.search.allocation import Projection, Remaining
 from graphprune.search.annealing import Annealing
 from graphprune.search.base import run
-from graphprune.search.compressing import FORMER, TRAINING, Compression, Compressions, Searching, Ticks, Training, checked_params
+from graphprune.search.compressing import FORMER, TRAINING, Compression, Compressions, Searching, Training, checked_params
 from graphprune.search.pruner import require_constraints
-from graphprune.search.scattering import scattered
+from graphprune.search.scattering import filled, scattered
 from graphprune.sensitivity.bench import finite
 from graphprune.sensitivity.scoreboard import name_of
 from graphprune.training.finetuning import Finetune, TrainingConfig, TrainingCopy
 from graphprune.training.keeping import held
-from graphprune.training.packing import settings_of
+from graphprune.training.packing import plain_part, settings_of
 from graphprune.training.session import check_count, flags_kept, refuse_former
 
 if TYPE_CHECKING:
     from graphprune.search.objective import Trial
 
-_KIND = "autocompress"
 _RHO = 1e-4
 
 
-class AutoCompressPruner:
+class AutoCompressPruner(InRounds):
     """Alternates between searching how much every group loses and training towards it, in rounds of rising sparsity.
 
     After round i of N, of a sparsity P the share 1 - (1 - P)^(i/N) is reached; of a budget, so much of the MACs or parameters is gone. Each
@@ -107,6 +106,9 @@ class AutoCompressPruner:
         InputError: there are no example inputs, or the model cannot run on them.
     """
 
+    kind = "autocompress"
+    records = Compressions
+
     def __init__(  # noqa: PLR0913 (the call shape of the seeds)
         self,
         model: nn.Module,
@@ -150,7 +152,6 @@ class AutoCompressPruner:
         self._entries: list[dict[str, Any]] = [dict(entry) for entry in entries]
         self._given: dict[str, Any] = {"physical": speedup, "max_sparsity": max_sparsity, "example_inputs": example_inputs, **options}
         self._given |= self._training.seen_by(self._searching.criterion)
-        self._records: tuple[Compression, ...] = ()
         self._state: State | None = None
         self._broken = False
         self._whole = self._remaining(model, self.total, None)  # says what cannot be met in the end
@@ -163,55 +164,18 @@ class AutoCompressPruner:
     # -- results -----------------------------------------------------------------------------------------------------------------
 
     def compress(self) -> tuple[nn.Module, Masks]:
-        """Runs the rounds that are missing; returns (the model of the last, the masks of the original model).
-
-        Raises:
-            ConfigError: the trainer never steps its optimizer, or an evaluator returns no finite number.
-            FileError: the folder holds a run with other settings, or cannot be written.
-            InputError: the training diverged.
-            VerificationError: a shrunk model does not compute what its masked model computes.
-        """
-        if len(self._records) < self.total:
-            kept = Run(self.folder, _KIND, self.settings())
-            if self._state is None or self._broken:
-                self._state, self._records = None, ()
-                self._begin(kept)
-            self._broken = True  # until all rounds are done: what an exception leaves is no round
-            steps = self._searching.cooling.trials + 1
-            with ticking(self._who, self.total * steps, len(self._records) * steps, shown=self.progress) as tick:
-                for number in range(len(self._records) + 1, self.total + 1):
-                    self._round(number, Ticks(tick, number, steps))
-                    kept.save(*self._saved())
-                    self._keep(number)
-            self._broken = False
-            keep_history(self.history, self.folder, _KIND)
-        last = self.last
-        return last.model, cast("Masks", last.masks)
+        """Runs the rounds that are missing; see `InRounds.compress`. Returns (the model of the last, the masks of the original model)."""
+        model, masks = super().compress()
+        return model, cast("Masks", masks)
 
     @property
     def history(self) -> Compressions:
         """The rounds so far, as a table, CSV or plot."""
-        return Compressions(self._records, self._who)
+        return cast("Compressions", super().history)
 
     @property
-    def last(self) -> Outcome:
-        """What the last round left.
-
-        Raises:
-            ConfigError: there was none yet.
-        """
-        if self._state is None or not self._records:
-            raise ConfigError(f"{self._who} has no result yet", "Call compress() first")
-        return Outcome(self._records[-1], self._state.trainee.model, self._masks)
-
-    @property
-    def best(self) -> Outcome:
-        """What the round with the highest score left, of equal ones the sparser.
-
-        Raises:
-            ConfigError: there was none yet.
-        """
-        return self.last if self._state is None or self._state.best is None else self._state.best
+    def _ticks(self) -> int:  # type: ignore[override]  # one per candidate, one for the training
+        return self._searching.cooling.trials + 1
 
     def get_best_result(self) -> tuple[int, nn.Module, Masks, float | None, list[dict[str, Any]]]:
         """Returns of the best round: number, model, masks, score, and a config list with the sparsity of every group, by its layers."""
@@ -222,8 +186,7 @@ class AutoCompressPruner:
 
     def settings(self) -> dict[str, Any]:
         """Returns what the result depends on, as plain values, for `Run`."""
-        tensors = {n: t for n, t in self.model.state_dict().items() if isinstance(t, torch.Tensor)}
-        plain = {n: v for n, v in self._given.items() if v is None or isinstance(v, (bool, int, float, str))}
+        plain = plain_part(self._given)
         budget: Budget | None = self._given.get("budget")
         return {
             "entries": self._entries,
@@ -238,15 +201,21 @@ class AutoCompressPruner:
             "finetune": self._wishes.finetune is not None,
             "optimizer": settings_of(self._training.how.optimizer),
             "finetune_epochs": self._wishes.training_epochs,
-            "model": digest(tensors),
+            "model": digest(self.model.state_dict()),
         }
 
     # -- one round ---------------------------------------------------------------------------------------------------------------
 
-    def _round(self, number: int, ticks: Ticks) -> None:
+    def _round(self, number: int, tick: Tick) -> None:
         """Allocates, trains, removes, fine-tunes, evaluates."""
-        start = time.perf_counter()
-        objective = self._remaining(self._present(), number, ticks.trial)
+        start, shown = time.perf_counter(), 0
+
+        def show(trial: Trial) -> None:  # those that were evaluated before an interruption count with the first behind it
+            nonlocal shown
+            tick(f"round {number}: candidate {trial.number}, score {trial.score:.4g}", trial.number + 1 - shown)
+            shown = trial.number + 1
+
+        objective = self._remaining(self._present(), number, show)
         trial = convergence = None
         if not objective.met:
             trial = self._allocated(objective, number)
@@ -258,11 +227,10 @@ class AutoCompressPruner:
         asked, targets = self._asked(number), tuple(c.target for c in objective.constraints)
         seconds, sparsity = time.perf_counter() - start, self._masks.sparsity
         record = Compression(number, asked, sparsity, cost.params, cost.macs, score, seconds, targets, gone, trial, convergence)
-        self._records = (*self._records, record)
-        self.state.rounds = tuple(r.round() for r in self._records)
+        self.state.rounds = (*self.state.rounds, record)
         if self.history.best is record:
-            self.state.best = Outcome(record, copied(trainee.model, {}), self._masks)
-        ticks.end(record)
+            self.state.keep_best(record)
+        tick(f"round {number}: {said(record)}", self._ticks - shown)
 
     def _allocated(self, objective: Remaining, number: int) -> Trial:
         """Returns the best trial of the annealing on what is left."""
@@ -299,7 +267,7 @@ class AutoCompressPruner:
             trainee.model.load_state_dict(admm.model.state_dict())
         if self.speedup:
             kind = "module" if self._given.get("keep_class") else "auto"
-            state.shrink(narrowed(graph, self.graph, state.kept, masks), kind)
+            state.shrink(narrowed(graph, self.graph, state.kept, masks.positions()), kind)
         else:
             masks.apply(trainee.model)
         state.masks = masks
@@ -308,11 +276,8 @@ class AutoCompressPruner:
     def _present(self) -> nn.Module:
         """Returns the model as it is, in the original shapes, zero where channels have gone."""
         trainee = self.state.trainee
-        model = copied(self.model, {})
         values = scattered(self.model, trainee.model, self._masks) if self.speedup else tensors_of(trainee.model, {})
-        with torch.no_grad():
-            for name, tensor in tensors_of(model, {}).items():
-                tensor.copy_(values[name])
+        model = filled(self.model, values)
         self._masks.apply(model)
         return model
 
@@ -361,28 +326,3 @@ class AutoCompressPruner:
     @property
     def _masks(self) -> Masks:
         return cast("Masks", self.state.masks)
-
-    def _begin(self, kept: Run) -> None:
-        """Starts, or goes on where the run was."""
-        state, saved = self.state, kept.load()
-        if saved is not None:
-            state.restore(saved)
-            self._records = tuple(Compression.from_dict(plain) for plain in saved.state["records"])
-            state.masks = Masks(self.graph, {name: saved.tensors[f"left/{name}"].numpy() for name in self._masks})
-            if state.best is not None:
-                state.best = replace(state.best, round=self._records[state.best.round.number - 1])
-            kept.load()  # for its random numbers, of which tracing the model may have used some
-        elif kept.path is not None:
-            state.trainee.check_optimizer_parameters(self._who)
-
-    def _saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns everything as plain values and tensors."""
-        plain, tensors = self.state.saved()
-        left = {f"left/{name}": torch.from_numpy(mask) for name, mask in self._masks.items()}
-        return {**plain, "records": self.history.to_dicts()}, {**tensors, **left}
-
-    def _keep(self, number: int) -> None:
-        """Writes a round's model, if asked to."""
-        if self.keep and self.folder is not None:
-            own = Run(Path(self.folder) / "rounds", f"{_KIND}-{number:03d}", self.settings())
-            own.save({"round": self.history.to_dicts()[-1]}, self.state.trainee.model.state_dict())

@@ -5,19 +5,22 @@ propose ──▶ project onto the budget ──▶ shrink, fine-tune, evaluate 
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from graphprune.errors import ConfigError
 from graphprune.runs.checkpoint import Run
-from graphprune.runs.progress import keep_history
+from graphprune.runs.progress import ticking
+from graphprune.runs.records import Column, Records, spread
 from graphprune.search.objective import Sparsities, Trial
-from graphprune.search.showing import bar, plotted, table, tabulated
+from graphprune.training.packing import load, save
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from matplotlib.figure import Figure
 
 
 class Search(Protocol):
@@ -37,7 +40,7 @@ class Search(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Returns all that the next proposals depend on, random numbers included, as plain values."""
+        """Returns all that the next proposals depend on, random numbers included; for what can be kept see `Packer.pack`."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -62,8 +65,8 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
+class SearchResult(Records[Trial]):
+    """What a search found; see `Records` for its table, CSV and plot.
 
     Attributes:
         best: the trial with the highest score, the first of equal ones.
@@ -71,6 +74,8 @@ class SearchResult:
         history: all trials, in order.
     """
 
+    what: ClassVar[str] = "the trials"
+    inches: ClassVar[tuple[float, float]] = (10, 4)
     best: Trial
     last: Trial
     history: tuple[Trial, ...]
@@ -87,35 +92,48 @@ class SearchResult:
             raise ConfigError("a search without trials has no result", "Run at least one")
         return cls(best(trials), trials[-1], trials)
 
-    def table(self) -> Table:
-        """Returns the trials as a table for the terminal: score, cost, seconds, and which were better than all before."""
-        return table(self.history)
+    def _measures(self) -> tuple[Mapping[int, float], Sequence[Trial]]:
+        """Returns what was measured, by the number of a trial, and the trials that no other beats in score and measure both."""
+        return {}, ()
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws score over trial and score over MACs into a file (PNG, SVG or PDF, by its ending).
+    @property
+    def _rows(self) -> Sequence[Trial]:
+        return self.history
 
-        Raises:
-            ConfigError: matplotlib is not installed.
-            FileError: the file cannot be written.
-        """
-        plotted(self.history, path, {}, ())
+    @property
+    def _columns(self) -> Sequence[Column]:
+        """Those of trials, with a mark where one was better than all before, what was measured, and every sparsity."""
+        measured, _ = self._measures()
+        scores = [t.score for t in self.history]
+        marked = {t.number for n, t in enumerate(self.history) if t.score > max(scores[:n], default=-math.inf)}
+        mark = Column("", "", value=lambda t: "best so far" if t.number in marked else "")
+        extra = [Column("measured", value=lambda t: measured.get(t.number))] if measured else []
+        return (*Trial.columns[:2], mark, *extra, *Trial.columns[2:], *spread(self.history, "sparsities"))
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per trial: its number, score, cost, seconds, and the sparsity of every group.
-
-        Raises:
-            FileError: the file cannot be written.
-        """
-        tabulated(self.history, path, {})
-
-    def __rich__(self) -> Table:
-        """Returns the table."""
-        return self.table()
+    def _draw(self, figure: Figure) -> None:
+        """Draws score over trial, with the best so far, and score over MACs or over what was measured, with the front."""
+        over_trials, over_cost = figure.subplots(1, 2, sharey=True)
+        (measured, front), scores = self._measures(), [t.score for t in self.history]
+        numbers = [t.number for t in self.history]
+        over_trials.plot(numbers, scores, ".", label="score")
+        over_trials.step(numbers, list(accumulate(scores, max)), where="post", label="best so far")
+        over_trials.set(xlabel="trial", ylabel="score")
+        over_trials.legend()
+        over_cost.plot([measured.get(t.number, t.cost.macs) for t in self.history], scores, ".")
+        if front:
+            over_cost.step([measured[t.number] for t in front], [t.score for t in front], where="post", label="front")
+            over_cost.legend()
+        over_cost.set(xlabel="measured" if measured else "MACs")
 
 
 def best(trials: Iterable[Trial]) -> Trial:
     """Returns the trial with the highest score, the first of equal ones."""
     return max(trials, key=lambda trial: (trial.score, -trial.number))
+
+
+def said(last: Trial, top: Trial) -> str:
+    """Returns what the last trial and the best one so far come to, for a bar."""
+    return f"score {last.score:.4g}, best {top.score:.4g}, sparsity {last.sparsity:.1%}"
 
 
 def run(
@@ -148,20 +166,20 @@ def run(
         FileError: the folder holds a run with other settings, or cannot be written.
     """
     kept = Run(folder, kind, {**objective.settings(), **(settings or {})})
-    saved = kept.load()
+    saved = load(kept)
     history: list[Trial] = []
     if saved is not None:
-        history = [Trial.from_dict(plain) for plain in saved.state["history"]]
-        search.restore(saved.state["search"])
+        history = saved["history"]
+        search.restore(saved["search"])
     known = len(history)
-    with bar(kind, trials, history, shown=progress) as shows:
+    with ticking(kind, trials, len(history), shown=progress) as tick:
         while len(history) < trials:
             trial = objective(objective.project(search.propose()), len(history))
             search.tell(trial.sparsities, trial.score)
             history.append(trial)
             if folder is not None:
-                kept.save({"history": [t.to_dict() for t in history], "search": search.state()})
-            shows(trial, best(history))
+                save(kept, kind, {"history": history, "search": search.state()})
+            tick(said(trial, best(history)))
     result = SearchResult.of(history[:trials])
-    keep_history(result, folder, kind, anew=len(history) > known)
+    result.keep(folder, kind, anew=len(history) > known)
     return result

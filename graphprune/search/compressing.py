@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from graphprune.criteria import criterion_named
 from graphprune.criteria.base import Criterion, seen_by
 from graphprune.criteria.scoring import DATA_FREE
 from graphprune.errors import ConfigError, nearest
 from graphprune.pruners.admm import Convergence
-from graphprune.runs.progress import written_csv
+from graphprune.runs.records import Column, spread
 from graphprune.schedules.history import History, Round
 from graphprune.search.annealing import Cooling
 from graphprune.search.objective import Trial
@@ -176,26 +175,17 @@ class Compression(Round):
         convergence: of the last iteration of ADMM; None where nothing had to go.
     """
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        *Round.columns,
+        Column("targets"),
+        Column("trial_score", value=lambda r: r.trial and r.trial.score),
+        Column("primal", value=lambda r: r.convergence and r.convergence.primal),
+        Column("dual", value=lambda r: r.convergence and r.convergence.dual),
+    )
     targets: tuple[float, ...] = ()
     sparsities: dict[str, float] = field(default_factory=dict)
     trial: Trial | None = None
     convergence: Convergence | None = None
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Compression:
-        """Returns the record of plain values that `dataclasses.asdict` gave and JSON may have carried."""
-        trial, convergence = plain["trial"], plain["convergence"]
-        made: dict[str, Any] = {
-            "asked": tuple(plain["asked"]),
-            "targets": tuple(plain["targets"]),
-            "trial": None if trial is None else Trial.from_dict(trial),
-            "convergence": None if convergence is None else Convergence(**convergence),
-        }
-        return cls(**{**plain, **made})
-
-    def round(self) -> Round:
-        """Returns what the record has in common with rounds of other pruners."""
-        return Round(**{f.name: getattr(self, f.name) for f in fields(Round)})
 
 
 class Compressions(History):
@@ -207,41 +197,6 @@ class Compressions(History):
         """Iterates over the rounds."""
         return iter(cast("tuple[Compression, ...]", self[:]))
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per round under a line of headings; the file appears when it is complete.
-
-        Behind what all rounds have come the targets, the score of the annealing's best trial, ADMM's last residuals, and the sparsity of
-        every group.
-
-        Raises:
-            FileError: it cannot be written.
-        """
-        shared = [f.name for f in fields(Round)]
-        groups = list(dict.fromkeys(name for r in self for name in r.sparsities))
-        rows: list[list[Any]] = [[*shared, "targets", "trial_score", "primal", "dual", *groups]]
-        for r in self:
-            row = [getattr(r, name) for name in (*shared, "targets")]
-            residuals = [None, None] if r.convergence is None else [r.convergence.primal, r.convergence.dual]
-            row += [None if r.trial is None else r.trial.score, *residuals, *(r.sparsities.get(name, 0.0) for name in groups)]
-            rows.append([" ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value for value in row])
-        written_csv(path, "the history", rows)
-
-
-class Ticks:
-    """One round's part of the bar: one step per candidate, one for the training."""
-
-    def __init__(self, tick: Callable[[str], None], number: int, steps: int) -> None:
-        self._tick, self._number, self._steps, self._done = tick, number, steps, 0
-
-    def trial(self, trial: Trial) -> None:
-        """Shows a candidate; those that were evaluated before an interruption count with the first behind it."""
-        self._to(trial.number + 1, f"candidate {trial.number}, score {trial.score:.4g}")
-
-    def end(self, record: Compression) -> None:
-        """Shows what the round came to."""
-        self._to(self._steps, f"sparsity {record.sparsity:.1%}, score {record.score:.4g}")
-
-    def _to(self, done: int, now: str) -> None:
-        while self._done < done:
-            self._done += 1
-            self._tick(f"round {self._number}: {now}")
+    @property
+    def _columns(self) -> tuple[Column, ...]:
+        return (*super()._columns, *spread(self, "sparsities"))

@@ -208,26 +208,15 @@ class Agent:
 
     # -- saving ------------------------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns all that the agent knows: plain values, and tensors by name."""
-        tensors = {f"networks/{name}": tensor for name, tensor in self._networks.state_dict().items()}
-        tensors |= {f"replay/{name}": tensor for name, tensor in self._replay.items()}
-        for name, optimizer in self._optimizers.items():
-            for number, entries in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizers/{name}/{number}/{key}": value for key, value in entries.items()}
-        tensors["generator"] = self._generator.get_state()
-        return {"seen": self._seen, "baseline": self._baseline}, tensors
+    def state(self) -> dict[str, Any]:
+        """Returns all that the agent knows, see `graphprune.training.packing`."""
+        plain = {"seen": self._seen, "baseline": self._baseline, "generator": self._generator.get_state()}
+        return {"networks": self._networks, "optimizers": self._optimizers, "replay": self._replay, **plain}
 
-    def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Puts an agent of the same parameters where it was when `state` returned this."""
-        self._seen, self._baseline = plain["seen"], plain["baseline"]
-        self._networks.load_state_dict({n.removeprefix("networks/"): t for n, t in tensors.items() if n.startswith("networks/")})
-        self._replay = {name: tensors[f"replay/{name}"] for name in self._replay}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts an agent of the same parameters where it was when a run kept its state."""
+        self._seen, self._baseline, self._replay = state["seen"], state["baseline"], state["replay"]
+        state["networks"].fill(self._networks)
         for name, optimizer in self._optimizers.items():
-            entries: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in tensors.items():
-                if key.startswith(f"optimizers/{name}/"):
-                    number, _, inner = key.removeprefix(f"optimizers/{name}/").partition("/")
-                    entries.setdefault(int(number), {})[inner] = tensor
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
-        self._generator.set_state(tensors["generator"])
+            state["optimizers"][name].fill(optimizer)
+        self._generator.set_state(state["generator"])

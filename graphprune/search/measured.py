@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import Masks
@@ -22,11 +22,14 @@ class MeasuredCost:
     Args:
         objective: whose groups lose channels.
         cost: from a shrunk model in evaluation mode to what it costs; the weights are the original ones.
+
+    Attributes:
+        known: channels that are left of each group -> cost; a run that is continued must decide by the same numbers.
     """
 
     def __init__(self, objective: Objective, cost: Callable[[nn.Module], float]) -> None:
         self.objective, self.cost = objective, cost
-        self._known: dict[tuple[int, ...], float] = {}
+        self.known: dict[tuple[int, ...], float] = {}
 
     def __call__(self, counts: Mapping[str, int]) -> float:
         """Returns the cost of the model whose groups are left with so many channels.
@@ -35,12 +38,12 @@ class MeasuredCost:
             ConfigError: the function returns no finite number.
         """
         key = tuple(counts[name] for name in self.objective.groups)
-        if key not in self._known:
+        if key not in self.known:
             kept = {name: keep_highest(self.objective.scores[name], left) for name, left in counts.items()}
             small = speedup(self.objective.model, Masks(self.objective.graph, kept), verify=False)[0]
             fix = "Return one finite number, lower for a cheaper model"
-            self._known[key] = finite(self.cost(small.eval()), "cost= returned", fix)
-        return self._known[key]
+            self.known[key] = finite(self.cost(small.eval()), "cost= returned", fix)
+        return self.known[key]
 
     def constraint(self, target: float) -> Constraint:
         """Returns that the cost must come down to the target.
@@ -53,11 +56,3 @@ class MeasuredCost:
             fix = "Ask for less, select more layers, or raise max_sparsity= or max_sparsity_per_layer"
             raise ConfigError(f"target is {target:g}, but the smallest model costs {least:g}", fix)
         return Constraint(self.objective.groups, self, target, f"the cost comes down to {target:g}")
-
-    def known(self) -> list[Any]:
-        """Returns all that was measured, as plain values, so that a run that is continued decides by the same numbers."""
-        return [[list(key), value] for key, value in self._known.items()]
-
-    def learn(self, known: Iterable[Any]) -> None:
-        """Takes over what `known` returned."""
-        self._known.update({tuple(key): value for key, value in known})

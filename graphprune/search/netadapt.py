@@ -12,8 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -26,23 +25,23 @@ from graphprune.masks.copying import copied
 from graphprune.pruners.budgets import first_met, keep_highest
 from graphprune.pruners.config import AMOUNTS
 from graphprune.runs.checkpoint import Run
-from graphprune.runs.progress import keep_history
-from graphprune.search.base import SearchResult
+from graphprune.runs.progress import ticking
+from graphprune.search.base import SearchResult, said
 from graphprune.search.base import best as best_of
 from graphprune.search.measured import MeasuredCost
 from graphprune.search.objective import Constraint, Trial
 from graphprune.search.pruner import Mode, SearchPruner, require_constraints
-from graphprune.search.scattering import Versions, scattered
-from graphprune.search.showing import bar
+from graphprune.search.scattering import filled, scattered
 from graphprune.sensitivity.bench import finite, same_random
 from graphprune.sensitivity.scoreboard import name_of
 from graphprune.speedup.speedup import speedup
 from graphprune.training.keeping import held
+from graphprune.training.packing import load, save
 from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
     from typing_extensions import Unpack
 
     from graphprune.pruners.base import Options
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     Kept: TypeAlias = dict[str, NDArray[np.bool_]]
 
 _KIND = "netadapt"
+_STATE = ("history", "steps", "reason", "_proposals", "_first", "_admissible", "_kept", "_versions")  # what a run keeps, and the model
 _HOW_MUCH = "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or write a 'total_sparsity'"
 _HALVINGS = 40  # of a step that no group can save; after so many, no channel saves anything
 _ROUNDING = 1e-9  # relative; what a share such as 1 - 0.9 adds in its last bits
@@ -183,7 +183,7 @@ class NetAdaptPruner(SearchPruner):
         self._folder, self._progress = folder, progress
         self._present = copied(model, {})
         self._kept: Kept = {n: np.ones(s.size, dtype=bool) for n, s in self.objective.scores.items()}
-        self._versions = Versions(model, self._kept)  # "leader": the best of this iteration; "best": the best that meets the budget
+        self._versions: dict[str, tuple[Mapping[str, Tensor], Kept]] = {}  # "leader": the best of this iteration; "best": see `_best`
         self._proposals: tuple[_Proposal, ...] = ()
         self._first = 0  # the number of this iteration's first trial
         self._admissible: tuple[int, ...] = ()  # the numbers of the trials that meet the budget
@@ -193,19 +193,15 @@ class NetAdaptPruner(SearchPruner):
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 
-    def search(self) -> SearchResult:
-        """Returns the trials; runs them on the first call, or those that are missing in the folder.
+    def _search(self) -> SearchResult:
+        """Runs the trials that are missing.
 
         The best trial is the best of those that meet the budget; the last one is the one that was kept in the last iteration.
-
-        Raises:
-            ConfigError: the evaluator or the cost returns no finite number.
-            FileError: the folder holds a run with other settings, or cannot be written.
         """
         if not self.reason:
             self._run()
             if not self._met(self._counts()):
-                warnings.warn(f"{type(self).__name__} ended before its budget was met: {self.reason}", stacklevel=2)
+                warnings.warn(f"{type(self).__name__} ended before its budget was met: {self.reason}", stacklevel=3)
         if not self.history:
             raise ConfigError("the model meets the budget as it is", "Ask for less")
         return SearchResult(self._best(), self.history[self.steps[-1].trial], self.history)
@@ -213,7 +209,7 @@ class NetAdaptPruner(SearchPruner):
     def compress(self) -> tuple[nn.Module, Masks]:
         """Returns (the best model with its shortly fine-tuned weights, masked and in its original shapes, the masks)."""
         self.search()
-        found, kept = self._versions.get("best") if self._admissible else (self._present, self._kept)
+        found, kept = self._version("best") if self._admissible else (self._present, self._kept)
         masks = Masks(self.objective.graph, kept)
         return masks.masked(found), masks
 
@@ -228,33 +224,31 @@ class NetAdaptPruner(SearchPruner):
         run = Run(self._folder, _KIND, self._settings())
         self._restore(run)
         before = len(self.history)
-        dense = {n: s.size for n, s in self.objective.scores.items()}
-        steps = max(math.ceil((1.0 - c.target / self._cost(c, dense)) / self.step) for c in self.constraints)
-        with bar(_KIND, steps * len(self.objective.groups), self.history, shown=self._progress) as shows:
+        steps = max(math.ceil((1.0 - c.target / c.of(self.objective.sizes)) / self.step) for c in self.constraints)
+        with ticking(_KIND, steps * len(self.objective.groups), before, shown=self._progress) as tick:
             while not self.reason:
                 if not self._proposals:
                     self.reason = "the budget is met" if self._met(self._counts()) else self._propose()
                 elif len(self.history) < self._first + len(self._proposals):
                     trial = self._try(self._proposals[len(self.history) - self._first])
-                    shows(trial, best_of(self.history))
+                    tick(said(trial, best_of(self.history)))
                 else:
                     self._keep_leader()
                 self._save(run)
         if self.history:
-            keep_history(SearchResult.of(self.history), self._folder, _KIND, anew=len(self.history) > before)
+            SearchResult.of(self.history).keep(self._folder, _KIND, anew=len(self.history) > before)
 
     def _propose(self) -> str:
         """Finds what each group must lose to save the step; returns why nothing can, or ""."""
         counts, self._first = self._counts(), len(self.history)
-        dense = {n: s.size for n, s in self.objective.scores.items()}
         share = self.step * self.decay ** len(self.steps)
         for _ in range(_HALVINGS):
             found = []
             for constraint in self.constraints:
-                before = self._cost(constraint, counts)
+                before = constraint.of(counts)
                 if before <= constraint.target * (1.0 + _ROUNDING):
                     continue
-                asked = max(before - share * self._cost(constraint, dense), constraint.target)
+                asked = max(before - share * constraint.of(self.objective.sizes), constraint.target)
                 found += [p for n in constraint.names if (p := self._smallest(constraint, counts, n, asked, before)) is not None]
             if found:
                 self._proposals = tuple(found)
@@ -267,9 +261,8 @@ class NetAdaptPruner(SearchPruner):
         enough = min(asked * (1.0 + _ROUNDING), math.nextafter(before, -math.inf))
         unit, fewest = self.objective.pruner.round_to, self.objective.fewest(name)
         left = [k for k in range(counts[name] - 1, fewest - 1, -1) if k % unit == 0 or k == fewest]
-        cost = partial(self._with, constraint, counts, name)
-        found = first_met(left, lambda k: cost(k) <= enough)
-        return None if found == len(left) else _Proposal(name, left[found], asked, before, cost(left[found]))
+        found = first_met(left, lambda k: constraint.of({**counts, name: k}) <= enough)
+        return None if found == len(left) else _Proposal(name, left[found], asked, before, constraint.of({**counts, name: left[found]}))
 
     def _try(self, proposal: _Proposal) -> Trial:
         """Fine-tunes and evaluates one proposal, and remembers its weights where it is the best so far."""
@@ -293,12 +286,12 @@ class NetAdaptPruner(SearchPruner):
         sparsities = {n: (kept[n].size - counts[n]) / kept[n].size for n in self.objective.groups}
         trial = Trial(number, sparsities, score, self.objective.cost(sparsities), time.perf_counter() - start)
         if all(t.score < score for t in self.history[self._first :]):
-            self._versions.put("leader", state, kept)
+            self._versions["leader"] = (state, kept)
         self.history = (*self.history, trial)
         if self._met(counts):
             self._admissible = (*self._admissible, number)
             if self._best() is trial:
-                self._versions.put("best", state, kept)
+                self._versions["best"] = (state, kept)
         return trial
 
     def _keep_leader(self) -> None:
@@ -307,10 +300,15 @@ class NetAdaptPruner(SearchPruner):
         proposal = self._proposals[winner.number - self._first]
         removed = int(self._kept[proposal.group].sum()) - proposal.left
         taken = Step(len(self.steps), proposal.group, removed, proposal.asked, proposal.before, proposal.after, winner.number, winner.score)
-        self._present, self._kept = self._versions.get("leader")
+        self._present, self._kept = self._version("leader")
         self.steps, self._proposals = (*self.steps, taken), ()
 
     # -- models ------------------------------------------------------------------------------------------------------------------
+
+    def _version(self, name: str) -> tuple[nn.Module, Kept]:
+        """Returns a version: a copy of the model with its weights, and what is kept of it."""
+        state, kept = self._versions[name]
+        return filled(self.objective.model, state), kept
 
     def _narrowed(self, left: Mapping[str, int]) -> Kept:
         """Returns what is kept when some groups are left with so many channels, those that score best with the present weights."""
@@ -326,14 +324,7 @@ class NetAdaptPruner(SearchPruner):
         return {n: int(self._kept[n].sum()) for n in self.objective.groups}
 
     def _met(self, counts: Mapping[str, int]) -> bool:
-        return all(self._cost(c, counts) <= c.target * (1.0 + _ROUNDING) for c in self.constraints)
-
-    def _with(self, constraint: Constraint, counts: Mapping[str, int], name: str, left: int) -> float:
-        """Returns the cost where one group is left with another number of channels."""
-        return self._cost(constraint, {**counts, name: left})
-
-    def _cost(self, constraint: Constraint, counts: Mapping[str, int]) -> float:
-        return constraint.cost({n: counts[n] for n in constraint.names})
+        return all(c.of(counts) <= c.target * (1.0 + _ROUNDING) for c in self.constraints)
 
     # -- the folder --------------------------------------------------------------------------------------------------------------
 
@@ -347,28 +338,16 @@ class NetAdaptPruner(SearchPruner):
 
     def _save(self, run: Run) -> None:
         """Writes everything down."""
-        self._versions.put("present", tensors_of(self._present, {}), self._kept)
-        state = {
-            "history": [t.to_dict() for t in self.history],
-            "steps": [asdict(step) for step in self.steps],
-            "proposals": [asdict(p) for p in self._proposals],
-            "measured": self._measured.known() if self._measured is not None else [],
-            "first": self._first,
-            "admissible": self._admissible,
-            "reason": self.reason,
-        }
-        run.save(state, self._versions.tensors)
+        state = {name: getattr(self, name) for name in _STATE}
+        save(run, _KIND, {**state, "present": self._present, "measured": self._measured and self._measured.known})
 
     def _restore(self, run: Run) -> None:
         """Puts the search where it was when its process ended."""
-        saved = run.load()
-        if saved is None:
+        state = load(run)
+        if state is None:
             return
-        state, self._versions.tensors = saved.state, saved.tensors
-        self.history = tuple(Trial.from_dict(plain) for plain in state["history"])
-        self.steps = tuple(Step(**plain) for plain in state["steps"])
-        self._proposals = tuple(_Proposal(**plain) for plain in state["proposals"])
-        self._first, self._admissible, self.reason = state["first"], tuple(state["admissible"]), state["reason"]
-        self._present, self._kept = self._versions.get("present")
+        for name in _STATE:
+            setattr(self, name, state[name])
+        state["present"].fill(self._present)
         if self._measured is not None:
-            self._measured.learn(state["measured"])
+            self._measured.known.update(state["measured"])

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from graphprune.cost.count import Cost
 from graphprune.cost.predict import Forecast
@@ -26,6 +27,7 @@ from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
 from graphprune.repair.rebuilding import Reconstruction
 from graphprune.runs.checkpoint import digest
+from graphprune.runs.records import Column
 from graphprune.sensitivity.bench import finite
 from graphprune.sizes.watch import Demand, demands
 from graphprune.sizes.widths import stated_widths
@@ -57,11 +59,24 @@ class Trial:
         seconds: wall time of shrinking, fine-tuning and evaluating; trials that differ only in this are equal.
     """
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("trial", "trial", value=attrgetter("number")),
+        Column("score", "score", ".4f"),
+        Column("", "sparsity", ".1%", value=attrgetter("sparsity")),
+        Column("params", "parameters", ",", value=attrgetter("cost.params")),
+        Column("macs", "MACs", ",", value=attrgetter("cost.macs")),
+        Column("seconds", "seconds", ".1f"),
+    )
     number: int
     sparsities: dict[str, float]
     score: float
     cost: Cost
     seconds: float = field(compare=False)
+
+    @property
+    def sparsity(self) -> float:
+        """The mean of the groups' sparsities."""
+        return sum(self.sparsities.values()) / len(self.sparsities) if self.sparsities else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the trial as plain values, for JSON."""
@@ -88,6 +103,10 @@ class Constraint:
     cost: Callable[[Mapping[str, int]], float]
     target: float
     words: str
+
+    def of(self, counts: Mapping[str, int]) -> float:
+        """Returns the cost where groups, others among them, are left with so many channels."""
+        return self.cost({name: counts[name] for name in self.names})
 
 
 class Objective:
@@ -184,12 +203,17 @@ class Objective:
         for constraint in made:
             least = constraint.cost({n: self.fewest(n) for n in constraint.names})
             if least > constraint.target:
-                full = constraint.cost({n: self.scores[n].size for n in constraint.names})
+                full = constraint.of(self.sizes)
                 what = f"{constraint.words}, but at most {1.0 - least / full:.1%} can go"
                 raise ConfigError(what, "Ask for less, select more layers, or raise max_sparsity= or max_sparsity_per_layer")
         return tuple(made)
 
     # -- from shares to channels -------------------------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many channels each group that may lose any has."""
+        return {name: self.scores[name].size for name in self.groups}
 
     def fewest(self, name: str) -> int:
         """Returns the fewest channels that a group may be left with."""

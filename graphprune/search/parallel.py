@@ -26,7 +26,8 @@ import torch
 from graphprune.errors import ConfigError
 from graphprune.search.objective import Objective
 from graphprune.search.studies import Measure, Sampler, Study, StudyResult
-from graphprune.sensitivity.bench import check_processes, end_with_parent
+from graphprune.sensitivity.bench import end_with_parent
+from graphprune.training.session import check_count
 
 
 def run_study(  # noqa: PLR0913 (the study, and how it is run)
@@ -66,7 +67,7 @@ def run_study(  # noqa: PLR0913 (the study, and how it is run)
         FileError: see `Study`.
     """
     how: dict[str, Any] = {"name": name, "seed": seed, "minimize": minimize, "options": options, "settings": settings}
-    if check_processes(processes) == 1:
+    if check_count(processes, "processes", 1) == 1:
         made = objective if isinstance(objective, Objective) else objective()
         return Study(made, sampler, storage=storage, **how).run(trials, progress=progress)
     if isinstance(objective, Objective):

@@ -42,6 +42,8 @@ class SearchPruner(ABC):
         InputError: there are no example inputs, or the model cannot run on them.
     """
 
+    _result: SearchResult | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -62,9 +64,20 @@ class SearchPruner(ABC):
         self.model, self.mode = model, optimize_mode
         self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **options)
 
-    @abstractmethod
     def search(self) -> SearchResult:
-        """Returns the trials; runs them on the first call, or those that are missing in the folder."""
+        """Returns the trials; runs them on the first call, or those that are missing in the folder.
+
+        Raises:
+            ConfigError: the evaluator, or a cost, returns no finite number.
+            FileError: the folder holds a run with other settings, or cannot be written.
+        """
+        if self._result is None:
+            self._result = self._search()
+        return self._result
+
+    @abstractmethod
+    def _search(self) -> SearchResult:
+        """Runs the trials that are missing."""
 
     @property
     def best(self) -> Trial:

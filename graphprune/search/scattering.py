@@ -53,37 +53,15 @@ def scattered(model: nn.Module, small: nn.Module, masks: Masks) -> dict[str, Ten
     return out
 
 
-class Versions:
-    """Weights of one model at several times, each with what was kept of it then, as tensors that a run can save.
+def filled(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a copy of a model with other values in all its parameters and buffers.
 
     Args:
-        model: of the original shapes; left as it is.
-        sizes: group name -> an array with one element per channel.
-
-    Attributes:
-        tensors: all weights and masks by name.
+        model: left as it is.
+        values: by all their names.
     """
-
-    def __init__(self, model: nn.Module, sizes: Kept) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._model, self._sizes = model, {name: mask.size for name, mask in sizes.items()}
-
-    def put(self, name: str, state: Mapping[str, Tensor], kept: Kept) -> None:
-        """Keeps a version under a name, in place of the one that was there.
-
-        Args:
-            name: of the version.
-            state: the parameters and buffers, by all their names.
-            kept: group name -> boolean array of shape (channels,), True = kept.
-        """
-        self.tensors |= {f"{name}/model/{key}": tensor for key, tensor in state.items()}
-        self.tensors[f"{name}/kept"] = torch.from_numpy(np.concatenate([kept[group] for group in self._sizes]))
-
-    def get(self, name: str) -> tuple[nn.Module, dict[str, NDArray[np.bool_]]]:
-        """Returns a version: a copy of the model with its weights, and what is kept of it."""
-        model = copied(self._model, {})
-        with torch.no_grad():
-            for key, tensor in tensors_of(model, {}).items():
-                tensor.copy_(self.tensors[f"{name}/model/{key}"])
-        parts = np.split(self.tensors[f"{name}/kept"].numpy().astype(bool), np.cumsum(list(self._sizes.values()))[:-1])
-        return model, dict(zip(self._sizes, parts, strict=True))
+    made = copied(model, {})
+    with torch.no_grad():
+        for name, tensor in tensors_of(made, {}).items():
+            tensor.copy_(values[name])
+    return made

@@ -22,9 +22,9 @@ from torch import nn
 
 from graphprune.errors import ConfigError, FileError, nearest
 from graphprune.runs.checkpoint import plain
-from graphprune.search.base import SearchResult, best
+from graphprune.runs.progress import ticking
+from graphprune.search.base import SearchResult, best, said
 from graphprune.search.objective import Objective, Sparsities, Trial
-from graphprune.search.showing import bar, plotted, tabulated
 from graphprune.search.storages import INSTALL, NOBODY, is_dead, opened, optuna_package, owner_of_this_process, quietly
 from graphprune.sensitivity.bench import finite, same_random
 from graphprune.training.session import check_count
@@ -65,22 +65,8 @@ class StudyResult(SearchResult):
     front: tuple[Point, ...] = ()
     measured: Mapping[int, float] = field(default_factory=dict)
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws score over trial and score over MACs, or over the measure with the front, into a file (PNG, SVG or PDF, by its ending).
-
-        Raises:
-            ConfigError: matplotlib is not installed.
-            FileError: the file cannot be written.
-        """
-        plotted(self.history, path, self.measured, [point.trial for point in self.front])
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per trial: its number, score, measure, cost, seconds, and the sparsity of every group.
-
-        Raises:
-            FileError: the file cannot be written.
-        """
-        tabulated(self.history, path, self.measured)
+    def _measures(self) -> tuple[Mapping[int, float], list[Trial]]:
+        return self.measured, [point.trial for point in self.front]
 
 
 class Study:
@@ -247,14 +233,12 @@ class Study:
         Raises:
             ConfigError: see `Objective`.
         """
-        known = self.history()
-        seen = len(known)
-        with bar(self.study.study_name, trials, known, shown=progress) as shows:
+        seen = len(self.history())
+        with ticking(self.study.study_name, trials, seen, shown=progress) as tick:
             for trial in self.trials(trials):
                 if progress:
                     found = self.history()
-                    for _ in found[seen:]:  # those of other processes too
-                        shows(trial, best(found))
+                    tick(said(trial, best(found)), len(found) - seen)  # those of other processes too
                     seen = len(found)
                 if between is not None:
                     between()

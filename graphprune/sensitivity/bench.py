@@ -199,14 +199,3 @@ def finite(
     if not math.isfinite(number):
         raise ConfigError(f"{what} {number}", fix)
     return number
-
-
-def check_processes(processes: object) -> int:
-    """Returns how many processes to use.
-
-    Raises:
-        ConfigError: it is no whole number of at least 1.
-    """
-    if type(processes) is not int or processes < 1:
-        raise ConfigError(f"processes is {processes!r}", "Give a whole number of at least 1")
-    return processes

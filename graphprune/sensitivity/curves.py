@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.table import Table
 
 from graphprune.cost.count import Cost
-from graphprune.runs.progress import new_figure, written, written_csv
+from graphprune.runs.records import Column, Records
 
-COLUMNS = ("group", "layers", "channels", "kept", "sparsity", "score", "drop", "params", "macs", "seconds")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _TOLERANCE = 1e-12  # a drop that exceeds the admissible one by no more than the rounding of a difference is admissible
 
 
@@ -33,6 +34,9 @@ class Measurement:
         seconds: wall time of shrinking and evaluating; measurements that differ only in this are equal.
     """
 
+    columns: ClassVar[tuple[Column, ...]] = tuple(
+        map(Column, ("group", "layers", "channels", "kept", "sparsity", "score", "drop", "params", "macs", "seconds"))
+    )
     group: str
     layers: tuple[str, ...]
     channels: int
@@ -46,8 +50,8 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """How much each group's channels matter, each group by itself.
+class Sensitivity(Records[Measurement]):
+    """How much each group's channels matter, each group by itself; see `Records` for its CSV and plot.
 
     Attributes:
         dense: the score of the whole model.
@@ -58,6 +62,8 @@ class Sensitivity:
         evaluations: how often the evaluator was called; scores that were known from an earlier run are not counted.
     """
 
+    what: ClassVar[str] = "the measurements"
+    inches: ClassVar[tuple[float, float]] = (9, 5)
     dense: float
     cost: Cost
     measurements: tuple[Measurement, ...]
@@ -96,32 +102,20 @@ class Sensitivity:
             out.add_row(name, str(self.of(name)[0].channels), *cells)
         return out
 
-    def __rich__(self) -> Table:
-        """Returns the table."""
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values, for JSON."""
         return asdict(self)
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per measurement under a line of headings; the file appears when it is complete.
+    @property
+    def _rows(self) -> tuple[Measurement, ...]:
+        return self.measurements
 
-        Raises:
-            FileError: it cannot be written.
-        """
-        rows = ((getattr(m, c) for c in COLUMNS) for m in self.measurements)
-        lines = ([" ".join(value) if isinstance(value, tuple) else value for value in row] for row in rows)
-        written_csv(path, "the measurements", (COLUMNS, *lines))
+    @property
+    def _columns(self) -> tuple[Column, ...]:
+        return Measurement.columns
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws score over sparsity, a curve per group, into a file (PNG, SVG or PDF, by its ending).
-
-        Raises:
-            ConfigError: matplotlib is not installed.
-            FileError: the file cannot be written.
-        """
-        figure = new_figure(9, 5)
+    def _draw(self, figure: Figure) -> None:
+        """Draws score over sparsity, a curve per group."""
         from matplotlib import colormaps  # noqa: PLC0415 (an extra)
 
         axes = figure.subplots()
@@ -132,7 +126,6 @@ class Sensitivity:
             axes.plot(*zip(*points, strict=True), marker=".", color=shades(number), label=name)
         axes.set(xlabel="share of the group's channels that go", ylabel="score", xlim=(0, 1))
         axes.legend(fontsize="small", ncols=1 + len(self.groups) // 20, loc="center left", bbox_to_anchor=(1, 0.5))
-        written(path, "the plot", figure.savefig)
 
 
 def last_admissible(dense: float, drop: float, scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:

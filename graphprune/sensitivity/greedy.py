@@ -6,11 +6,10 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
-import torch
 
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import criterion_named
@@ -29,6 +28,7 @@ from graphprune.sensitivity.curves import last_admissible
 from graphprune.sensitivity.scoreboard import name_of
 from graphprune.sensitivity.sensitivity import SPARSITIES, Asked, Progress, Subject, analysed, places
 from graphprune.training.keeping import held
+from graphprune.training.packing import load, save
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -214,19 +214,13 @@ class SensitivityPruner:
         subject = self._subject()
         self._kept = {n: np.ones(s.size, dtype=bool) for n, s in subject.scores.items()}
         run = Run(self.folder, _KIND, self._settings(subject))
-        saved = run.load()
+        saved = load(run)
         if saved is not None:
-            self.history = tuple(Round(**plain) for plain in saved.state["history"])
-            self.reason = str(saved.state["reason"])
-            self._kept = {n: saved.tensors[f"kept/{n}"].numpy().astype(bool) for n in self._kept}
-            with torch.no_grad():
-                for name, tensor in tensors_of(self._present, {}).items():
-                    tensor.copy_(saved.tensors[f"model/{name}"])
+            self.history, self.reason, self._kept = saved["history"], saved["reason"], saved["kept"]
+            saved["model"].fill(self._present)
         while not self.reason:
             self.reason = "the target is met" if self._met(self._removed(self._counts())) else self._round()
-            tensors = {f"model/{n}": t for n, t in tensors_of(self._present, {}).items()}
-            tensors |= {f"kept/{n}": torch.from_numpy(mask) for n, mask in self._kept.items()}
-            run.save({"history": [asdict(r) for r in self.history], "reason": self.reason}, tensors)
+            save(run, _KIND, {"history": self.history, "reason": self.reason, "kept": self._kept, "model": self._present})
 
     def _round(self) -> str:
         """Takes one round; returns why no channel can go, or "" where some went."""

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import criterion_named
@@ -30,9 +27,11 @@ from graphprune.pruners.budgets import keep_highest, kept_count, least_kept
 from graphprune.pruners.config import AMOUNTS, check_sparsity
 from graphprune.pruners.requests import requests
 from graphprune.runs.checkpoint import digest
-from graphprune.sensitivity.bench import Bench, Evaluator, Kept, Walk, check_processes, drive
+from graphprune.runs.progress import Tick, ticking
+from graphprune.sensitivity.bench import Bench, Evaluator, Kept, Walk, drive
 from graphprune.sensitivity.curves import Measurement, Sensitivity, exceeds
 from graphprune.sensitivity.scoreboard import Scoreboard, name_of
+from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,7 +142,7 @@ class Asked:
         if not found or found[0] == 0.0:
             raise ConfigError(f"sparsities is {self.sparsities!r}", "Give at least one, and all above 0")
         object.__setattr__(self, "sparsities", tuple(found))
-        check_processes(self.processes)
+        check_count(self.processes, "processes", 1)
         stop = self.early_stop
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, numbers.Real) or not stop >= 0):
             raise ConfigError(f"early_stop is {stop!r}", "Give the drop of the score at which to stop, 0 or above, or None")
@@ -242,7 +241,7 @@ class _Walks:
     board: Scoreboard
     dense: float
     forecast: Forecast
-    report: Callable[[int, str], None]
+    report: Tick
     found: dict[str, list[Measurement]] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)
     evaluations: int = 0
@@ -259,7 +258,7 @@ class _Walks:
             elif self.found[name] and self.asked.early_stop is not None and exceeds(self.found[name][-1].drop, self.asked.early_stop):
                 self.stopped[name] = f"the score drops by more than {self.asked.early_stop:g}"
             if name in self.stopped:
-                self.report(len(self.asked.sparsities) - number, f"{name} ends below {sparsity:.0%}")
+                self.report(f"{name} ends below {sparsity:.0%}", len(self.asked.sparsities) - number)
                 return
             kept = {**self.there, name: self.subject.mask(name, count, present)}
             score = (self.dense, 0.0) if count == channels else self.board.get(name, count)
@@ -271,24 +270,22 @@ class _Walks:
             layers, drop = pruner.graph[name].layers, self.dense - score[0]
             taken = Measurement(name, layers, channels, count, sparsity, score[0], drop, cost.params, cost.macs, score[1])
             self.found[name].append(taken)
-            self.report(1, f"{name} at {sparsity:.0%}: {score[0]:.4g}")
+            self.report(f"{name} at {sparsity:.0%}: {score[0]:.4g}")
 
 
 @contextmanager
-def _shown(progress: bool | Progress, total: int) -> Iterator[Callable[[int, str], None]]:  # noqa: FBT001 (the argument of that name)
+def _shown(progress: bool | Progress, total: int) -> Iterator[Tick]:  # noqa: FBT001 (the argument of that name)
     """Gives a function that is told how many steps have been done and what came out, and shows it as `sensitivity` was asked to."""
     done = 0
     if callable(progress):
 
-        def tell(steps: int, _said: str) -> None:
+        def tell(now: str, steps: int = 1) -> None:
             nonlocal done
+            del now
             done += steps
             progress(_STAGE, done, total)
 
         yield tell
         return
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    with RichProgress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-        task = bar.add_task(_STAGE, total=total, now="")
-        yield lambda steps, said: bar.update(task, advance=steps, now=said)
+    with ticking(_STAGE, total, 0, shown=progress) as tick:
+        yield tick

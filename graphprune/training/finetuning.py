@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,9 +16,9 @@ from torch.optim import Optimizer
 from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError
 from graphprune.masks.copying import copied
-from graphprune.runs.checkpoint import plain
 from graphprune.training.keeping import held
 from graphprune.training.optimizers import slice_optimizer, sliced_state
+from graphprune.training.packing import plain_part
 from graphprune.training.session import Course, check_count, course, flags_kept, twin_optimizer
 
 if TYPE_CHECKING:
@@ -178,9 +179,9 @@ class TrainingCopy:
         if self.optimizer is None:
             return Snapshot([], {})
         names = {id(p): name for name, p in self.model.named_parameters()}
-        groups = [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self.optimizer.param_groups]
-        state = {names[id(p)]: {k: _copy(v) for k, v in values.items()} for p, values in self.optimizer.state.items() if id(p) in names}
-        return Snapshot(groups, state, None if self.scheduler is None else plain(_plain_of(self.scheduler.state_dict()), "the scheduler"))
+        groups = [plain_part({k: v for k, v in group.items() if k != "params"}) for group in self.optimizer.param_groups]
+        state = {names[id(p)]: copy.deepcopy(values) for p, values in self.optimizer.state.items() if id(p) in names}
+        return Snapshot(groups, state, None if self.scheduler is None else plain_part(self.scheduler.state_dict()))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Puts the optimizer where it was; parameters that the snapshot does not know start anew."""
@@ -224,42 +225,9 @@ def checked_score(value: object, who: str) -> float:
     return score
 
 
-def packed(prefix: str, snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns a snapshot as plain values and tensors, whose names begin with a prefix."""
-    tensors = {f"{prefix}{n}/{k}": v for n, values in snapshot.state.items() for k, v in values.items() if isinstance(v, Tensor)}
-    values = {n: {k: v for k, v in values.items() if not isinstance(v, Tensor)} for n, values in snapshot.state.items()}
-    return {"groups": snapshot.groups, "state": values, "scheduler": snapshot.scheduler}, tensors
-
-
-def unpacked(prefix: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
-    """Returns the snapshot that was packed."""
-    state: dict[str, dict[str, Any]] = {name: dict(found) for name, found in values["state"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            parameter, _, key = name.removeprefix(prefix).rpartition("/")
-            state.setdefault(parameter, {})[key] = tensor
-    return Snapshot(list(values["groups"]), state, values["scheduler"])
-
-
 def _set_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Puts saved settings into parameter groups, sequences in the type that stands there."""
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key, value in saved.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) and isinstance(value, list) else value
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _plain_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if _is_plain(value)}
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+        group.update(saved)
 
 
 def _on(value: Any, parameter: Tensor, device: torch.device) -> Any:

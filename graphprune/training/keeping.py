@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graphprune.masks.channels import Masks
+from graphprune.masks.channels import Masks, dense
 from graphprune.masks.elements import ElementMasks
 
 
@@ -33,7 +32,7 @@ class Keeper:
         self.release()
         self._masks = masks
         masks.apply(self._model)
-        gone = removed(self._model, masks)
+        gone = removed(dict(self._model.named_parameters(remove_duplicate=False)), masks)
         self._handles = [self._model.register_forward_pre_hook(_Zeroes(gone))]
         for path, module in self._model.named_modules():
             prefix = f"{path}." if path else ""
@@ -63,21 +62,12 @@ def held(model: nn.Module, masks: Masks | ElementMasks | None) -> Iterator[None]
         keeper.release()
 
 
-def removed(model: nn.Module, masks: Masks | ElementMasks) -> dict[str, Tensor]:
-    """Returns parameter name -> boolean tensor of its shape on its device, True = masked, for those that lose anything."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+def removed(parameters: Mapping[str, Tensor], masks: Masks | ElementMasks) -> dict[str, Tensor]:
+    """Returns the name of a parameter -> boolean tensor of its shape on its device, True = masked, for those that lose anything."""
     if isinstance(masks, ElementMasks):
         return {name: ~mask.to(parameters[name].device) for name, mask in masks.items()}
-    out: dict[str, Tensor] = {}
-    for name, dims in masks.positions().items():
-        if name in parameters:
-            gone = torch.zeros(parameters[name].shape, dtype=torch.bool)
-            for dim, keep in dims.items():
-                lost = torch.ones(gone.shape[dim], dtype=torch.bool)
-                lost[torch.from_numpy(keep)] = False
-                gone.index_fill_(dim, lost.nonzero()[:, 0], value=True)
-            out[name] = gone.to(parameters[name].device)
-    return out
+    found = {name: dims for name, dims in masks.positions().items() if name in parameters}
+    return {name: ~dense(tuple(parameters[name].shape), dims).to(parameters[name].device) for name, dims in found.items()}
 
 
 class _Zeroes:

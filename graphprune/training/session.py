@@ -224,20 +224,12 @@ class Session:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Adds the penalty's gradient now, or makes a closure add it after its own backward pass."""
         self.steps += 1
-        this, *rest = args
-        closure = kwargs.get("closure", rest[0] if rest else None)
-        if closure is None:
-            self._share()
-            self._add(getattr(optimizer, "grad_scale", None))  # fused optimizers are given gradients that are still scaled
-            return args, kwargs
 
-        def penalised() -> Any:
-            value = closure()
+        def add(scale: Tensor | None) -> Tensor:
             self._share()
-            penalty = self._add()
-            return value if value is None else value + penalty
+            return self._add(scale)
 
-        return ((this, penalised, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": penalised})
+        return behind_closure(optimizer, args, kwargs, add)
 
     def _share_statistics(self) -> None:
         """Averages floating-point buffers over all processes."""
@@ -267,6 +259,34 @@ class Session:
                     scaled = gradient if scale is None else gradient * scale.to(gradient.device)
                     weight.grad = scaled if weight.grad is None else scaled + weight.grad  # in this order where .grad is sparse
         return value.detach()
+
+
+def behind_closure(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[Tensor | None], Tensor | None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Acts on gradients before a step of an optimizer, or, where the step has a closure, behind every call of it; see step pre-hooks.
+
+    Args:
+        optimizer: that steps.
+        args: of the step, the optimizer first.
+        kwargs: likewise.
+        act: is given the scale of the gradients, where fused optimizers are given gradients that are still scaled; returns what it adds to
+            the loss, or None.
+
+    Returns:
+        The arguments of the step.
+    """
+    this, *rest = args
+    closure = kwargs.get("closure", rest[0] if rest else None)
+    if closure is None:
+        act(getattr(optimizer, "grad_scale", None))
+        return args, kwargs
+
+    def acting() -> Any:
+        value, added_to_it = closure(), act(None)
+        return value if value is None or added_to_it is None else value + added_to_it
+
+    return ((this, acting, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": acting})
 
 
 def twin_optimizer(model: nn.Module, clone: nn.Module, how: Course, memo: dict[int, Any]) -> Optimizer:

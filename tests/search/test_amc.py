@@ -166,14 +166,22 @@ def critic(weights: dict[str, Tensor], name: str, state: Tensor, action: Tensor)
     return linear("value", F.relu(linear("middle", F.relu(linear("state", state) + linear("action", action)))))
 
 
+def known(agent: Agent) -> dict[str, Tensor]:
+    """Returns the tensors that an agent keeps, by name."""
+    state = agent.state()
+    replay = {f"replay/{name}": tensor for name, tensor in state["replay"].items()}
+    return (
+        {f"networks/{name}": tensor for name, tensor in state["networks"].state_dict().items()} | replay | {"generator": state["generator"]}
+    )
+
+
 def test_updates_are_those_of_the_paper() -> None:
     """The critic's loss is that of Bellman's equation with baseline, and target networks follow by tau."""
     how = DDPG(hidden=8, batch=6, tau=0.25, discount=0.5, moving_average=0.5, critic_rate=0.1)
     agent = filled(how)
     baseline: float | None = None
     for _ in range(4):
-        _, weights = agent.state()
-        weights = {name: tensor.clone() for name, tensor in weights.items()}
+        weights = {name: tensor.clone() for name, tensor in known(agent).items()}
         generator = torch.Generator()
         generator.set_state(weights["generator"])
         rows = torch.randint(10, (6,), generator=generator)
@@ -184,7 +192,7 @@ def test_updates_are_those_of_the_paper() -> None:
         value = (reward - baseline) / spread + torch.where(last == 1, torch.zeros(()), 0.5 * later)
         expected = (critic(weights, "critic", state, action) - value).square().mean()
         assert agent.learn() == pytest.approx(float(expected), rel=1e-5)
-        _, after = agent.state()
+        after = known(agent)
         for name in ("actor.2.weight", "critic.state.weight"):
             old, fast = weights[f"networks/slow_{name}"], after[f"networks/{name}"]
             assert not torch.equal(fast, weights[f"networks/{name}"])
@@ -219,10 +227,10 @@ def test_noise_is_a_truncated_normal_distribution(noise: float) -> None:
 def test_replay_forgets_the_oldest_episodes() -> None:
     """A hundred episodes are remembered, not a hundred steps; here three of them."""
     agent = filled(DDPG(hidden=8, replay=3), episodes=5)
-    rewards = filled(DDPG(hidden=8), episodes=5).state()[1]["replay/reward"][:10, 0]
-    kept = agent.state()[1]["replay/reward"][:, 0]
+    rewards = known(filled(DDPG(hidden=8), episodes=5))["replay/reward"][:10, 0]
+    kept = known(agent)["replay/reward"][:, 0]
     assert sorted(kept.tolist()) == sorted(rewards[4:].tolist())
-    assert filled(DDPG(hidden=8)).state()[1]["replay/reward"].shape == (200, 1)
+    assert known(filled(DDPG(hidden=8)))["replay/reward"].shape == (200, 1)
 
 
 # -- the pruner ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import graphprune as gp
 from graphprune.cost.predict import Forecast
 from graphprune.errors import ConfigError, FileError, InputError
 from graphprune.pruners.budgets import kept_count
-from graphprune.search.allocation import Projection, Remaining, narrowed
+from graphprune.schedules.state import narrowed
+from graphprune.search.allocation import Projection, Remaining
 from graphprune.search.autocompress import AutoCompressPruner
 from graphprune.search.scattering import scattered
 from tests.support.analytic import Stopped
@@ -261,7 +262,7 @@ def test_projection_is_that_of_a_plain_loop(speedup: bool) -> None:
     assert masks["0"].all()
     if speedup:
         again = gp.trace(small, samples()[0][:1])
-        now = narrowed(again, graph, present, masks)
+        now = narrowed(again, graph, present, masks.positions())
         smaller = gp.speedup(small, now)[0]
         once = gp.speedup(full, masks)[0]
         assert all(torch.equal(a, b) for a, b in zip(smaller.state_dict().values(), once.state_dict().values(), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.runs.checkpoint import Run
-from graphprune.training.packing import Packer, Unpacker, packed_optimizer, restore_optimizer
+from graphprune.search.annealing import Move
+from graphprune.search.objective import Trial
+from graphprune.training.packing import Packer, Unpacker, load, save
 
 
 def through(value: Any, known: Any = ()) -> Any:
     """Packs a value, takes it through JSON and copies of the tensors, and unpacks it."""
-    packer = Packer("x/", "a test", known)
+    packer = Packer("a test", known)
     plain = json.loads(json.dumps(packer.pack(value, "value")))
     return Unpacker({name: tensor.detach().cpu().contiguous().clone() for name, tensor in packer.tensors.items()}, known).unpack(plain)
 
@@ -72,16 +75,102 @@ def test_an_optimizer_of_half_precision_weights_keeps_its_own_precision(tmp_path
         return optimizer
 
     optimizer = made()
-    plain, tensors = packed_optimizer(optimizer, "o/")
-    Run(tmp_path, "r", {}).save({"o": plain}, tensors)
-    saved = Run(tmp_path, "r", {}).load()
+    save(Run(tmp_path, "r", {}), "a test", {"o": optimizer})
+    saved = load(Run(tmp_path, "r", {}))
     assert saved is not None
     again = made()
     (group,) = again.param_groups
-    restore_optimizer(again, saved.state["o"], saved.tensors)
+    saved["o"].fill(again)
     assert again.param_groups[0] is group
     assert group["betas"] == (0.9, 0.999)
     for p, q in zip(optimizer.param_groups[0]["params"], group["params"], strict=True):
         for key, value in optimizer.state[p].items():
             assert again.state[q][key].dtype == value.dtype == torch.float32
             assert torch.equal(again.state[q][key], value)
+
+
+class Counting(nn.Module):
+    """A module with all that training changes: parameters, one of them frozen, buffers (one that state dicts leave out), an extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+        self.notes: dict[Any, Any] = {}
+
+    def get_extra_state(self) -> dict[Any, Any]:
+        """Returns the notes."""
+        return self.notes
+
+    def set_extra_state(self, state: dict[Any, Any]) -> None:
+        """Puts the notes back."""
+        self.notes = state
+
+
+def test_modules_are_filled_in_place(tmp_path: Any) -> None:
+    """Values, shapes of buffers, what is frozen and extra states come back; parameters stay the objects that an optimizer holds."""
+    one, two = Counting(), Counting()
+    one.layer.bias.requires_grad_(False)
+    one.seen = torch.arange(4.0)
+    one.notes = {1: (torch.ones(2), np.float32(0.1))}
+    one.norm(one.layer(torch.randn(5, 2)))
+    save(Run(tmp_path, "r", {}), "a test", {"models": [one, None]})
+    saved = load(Run(tmp_path, "r", {}))
+    assert saved is not None
+    before = list(two.parameters())
+    packed, nothing = saved["models"]
+    packed.fill(two)
+    assert nothing is None
+    assert all(p is q for p, q in zip(two.parameters(), before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(two.parameters(), one.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(two.buffers(), one.buffers(), strict=True))
+    assert [p.requires_grad for p in two.parameters()] == [True, False, True, True]
+    assert two.notes[1][0].tolist() == [1, 1]
+
+
+def test_arrays_and_records_come_back(tmp_path: Any) -> None:
+    """Dataclasses of the package are made again, with what is in them; those of others are refused, and so are unknown ones."""
+    move = Move(0, 100.0, 0.0, 1.0, accepted=True)
+    trial = Trial(3, {"a": 0.5}, np.float64(0.25), gp.Cost(10, 20), 1.5)
+    mask = np.array([[True, False], [False, True]])
+    assert through({"a": (move, [trial])}) == {"a": (move, [trial])}
+    assert type(through(trial).score) is np.float64
+    back = through(mask[:, ::-1])
+    assert back.dtype == bool
+    assert back.tolist() == [[False, True], [True, False]]
+    with pytest.raises(gp.ConfigError, match=r"value\['o'\] of a test is a Foreign, which cannot be kept"):
+        through({"o": Foreign(1)})
+    unknown: dict[str, dict[str, Any]] = {
+        "graphprune.search.objective:Nothing": {},
+        "graphprune.search.annealing:Move": {"mass": 1},
+        "graphprune.errors:nearest": {"name": "a", "known": "a"},  # no dataclass
+        f"{__name__}:Foreign": {"number": 1},
+    }
+    for name, fields in unknown.items():
+        Run(tmp_path, "r", {}).save({"a": {"record": name, "fields": fields}})
+        with pytest.raises(gp.FileError, match=f"the run holds a {name}, which is unknown"):
+            load(Run(tmp_path, "r", {}))
+
+
+@dataclass
+class Foreign:
+    """A dataclass of somebody else."""
+
+    number: int
+
+
+def test_runs_without_a_folder_keep_nothing_and_refuse_nothing() -> None:
+    """What cannot be kept is no error where nothing is to be kept."""
+    run = Run(None, "r", {})
+    save(run, "a test", {"o": object()})
+    assert load(run) is None
+
+
+def test_folders_of_an_older_format_are_refused(tmp_path: Any) -> None:
+    """One line says that the file is of another version, and what to do."""
+    Run(tmp_path, "r", {}).save({"a": 1})
+    path = tmp_path / "r.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'format\\": 2', b'format\\": 1'))
+    with pytest.raises(gp.FileError, match=r"is of format 1, and this graphprune reads format 2. Choose another folder"):
+        Run(tmp_path, "r", {})
