@@ -215,9 +215,8 @@ class Pruner:
         asks = demands(self.model, self.graph.engine) if self.keep_class else None
         if asks is not None:
             stated = stated_widths(self.graph, asks, counts, self.round_to)
-            raised = {n: k for n, k in stated.items() if k > counts[n]}
-            notes |= {n: f"{k} kept instead of {counts[n]}, a width that the model's code can state" for n, k in raised.items()}
-            counts = stated
+            notes |= stated.notes(counts)
+            counts = stated.counts
         kept = {g.name: keep_highest(scored.groups[g.name], counts[g.name]) for g in self.graph.groups if counts[g.name] < g.channels}
         seconds = {"score": time.perf_counter() - start}
         ranked = {n for _, members in asked.entries.values() for n in members}  # a ranking decides, no sparsity of their own

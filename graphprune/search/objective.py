@@ -8,6 +8,7 @@ that a search spends its time on scores alone.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -234,7 +235,13 @@ class Objective:
         for name in self.groups:
             asked = kept_count(self.scores[name].size, sparsities.get(name, 0.0), self.pruner.rounding, self.pruner.round_to)
             out[name] = max(asked, self.fewest(name))
-        return stated_widths(self.graph, self._demands, self._all(out), self.pruner.round_to) if self.pruner.keep_class else out
+        if not self.pruner.keep_class:
+            return out
+        stated = stated_widths(self.graph, self._demands, self._all(out), self.pruner.round_to)
+        if stated.given_up:
+            what = f"{', '.join(stated.given_up)} keep all their channels: of keep_class=, no fewer were found in {stated.tries:,} tries"
+            warnings.warn(what, stacklevel=3)
+        return stated.counts
 
     @cached_property
     def _demands(self) -> Sequence[Demand]:

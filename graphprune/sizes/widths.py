@@ -2,7 +2,7 @@
 
 A module that computes the width of its heads as `C // num_heads`, or cuts its channels into equal chunks, works only for some widths.
 Its demands become equations between the kept counts of groups; counts are raised, never lowered, until all of them hold. Keeping
-everything solves them all, so there always is a solution.
+everything solves them all, so there always is a solution; where a smaller one is not found in so many tries, `Widths.given_up` says so.
 """
 
 from __future__ import annotations
@@ -32,8 +32,30 @@ _SAMPLES = 16
 _TRIES = 20_000
 
 
-def stated_widths(graph: DependencyGraph, found: Sequence[Demand], counts: Mapping[str, int], round_to: int = 1) -> dict[str, int]:
-    """Returns kept counts, none lower than those given, that the model's own code can state.
+@dataclass(frozen=True)
+class Widths:
+    """Kept counts that a model's own code can state.
+
+    Attributes:
+        counts: group name -> how many of its channels stay.
+        given_up: names of the groups that keep all their channels because the search for smaller counts ended without a result.
+        tries: how many combinations of counts that search looked at, for each set of groups that depend on each other.
+    """
+
+    counts: dict[str, int]
+    given_up: tuple[str, ...]
+    tries: int
+
+    def notes(self, asked: Mapping[str, int]) -> dict[str, str]:
+        """Returns group name -> why more of its channels stay than the counts that were asked for, for the groups where that is so."""
+        raised = {n: k for n, k in self.counts.items() if k > asked[n]}
+        out = {n: f"{k} kept instead of {asked[n]}, a width that the model's code can state" for n, k in raised.items()}
+        none = f"no fewer that the model's code can state were found in {self.tries:,} tries"
+        return out | {n: f"all {k} kept instead of {asked[n]}: {none}" for n, k in raised.items() if n in self.given_up}
+
+
+def stated_widths(graph: DependencyGraph, found: Sequence[Demand], counts: Mapping[str, int], round_to: int = 1) -> Widths:
+    """Returns kept counts, none lower than those given, that the model's own code can state, and where the search for them was given up.
 
     Args:
         graph: the model's groups.
@@ -179,20 +201,22 @@ class _System:
 
     # -- solving -----------------------------------------------------------------------------------------------------------------
 
-    def solve(self, round_to: int) -> dict[str, int]:
-        """Returns group name -> count."""
+    def solve(self, round_to: int) -> Widths:
+        """Returns the smallest counts that are found."""
         domains = {i: self._candidates(i, round_to) for i in self.channels}
         meeting: nx.Graph[int] = nx.Graph()
         for _, variables in self.equations:
             nx.add_path(meeting, sorted(variables))
             meeting.add_nodes_from(variables)
         counts = {**self.asked, **{i: self.channels[i] for i in self.whole}}
+        given_up: set[int] = set()
         for family in nx.connected_components(meeting):
             mine = [e for e in self.equations if e[1] & family]
             self.tries = 0
             found = self._search(mine, {i: domains[i] for i in family})
             counts.update(found if found is not None else {i: self.channels[i] for i in family})
-        return {self.names[i]: n for i, n in counts.items()}
+            given_up |= family if found is None else set()
+        return Widths({self.names[i]: n for i, n in counts.items()}, tuple(self.names[i] for i in sorted(given_up)), _TRIES)
 
     def _candidates(self, group: int, round_to: int) -> NDArray[np.int64]:
         low, high = self.asked[group], self.channels[group]
@@ -203,10 +227,13 @@ class _System:
         return allowed
 
     def _search(self, equations: list[tuple[Equation, set[int]]], domains: dict[int, NDArray[np.int64]]) -> dict[int, int] | None:
-        """Returns counts from the domains that solve the equations: the smallest for the group that most equations are about."""
+        """Returns counts from the domains that solve the equations: the smallest for the group that most equations are about.
+
+        None where there are none, or none was found in `_TRIES` calls.
+        """
         self.tries += 1
-        narrowed = self._narrowed(equations, domains)
-        if narrowed is None or self.tries > _TRIES:
+        narrowed = self._narrowed(equations, domains) if self.tries <= _TRIES else None
+        if narrowed is None:
             return None
         loose = [i for i, d in narrowed.items() if d.size > 1]
         if not loose:

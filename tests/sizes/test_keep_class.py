@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import graphprune as gp
 from graphprune.cli.app import app
+from graphprune.sizes import widths
 from graphprune.sizes.expressions import Arithmetic, Attribute, Extent, Tracked, Trail, evaluate, inverse
 from graphprune.sizes.watch import demands
 from graphprune.sizes.widths import stated_widths
@@ -268,6 +269,36 @@ def test_a_pruner_keeps_the_class() -> None:
     assert report.error < EXACT
 
 
+@pytest.mark.parametrize(("tries", "given_up"), [(1, True), (20_000, False)])
+def test_a_search_that_is_given_up_says_so(monkeypatch: pytest.MonkeyPatch, tries: int, given_up: bool) -> None:
+    """Where no widths are found in the tries that there are, all channels stay, and the plan and the report name the groups."""
+    monkeypatch.setattr(widths, "_TRIES", tries)
+    model = filled(Transformer(Attention, 12, 3))
+    graph = gp.trace(model, tokens(2))
+    asked = {g.name: -(-g.channels // 2) for g in graph.groups}
+    stated = stated_widths(graph, demands(model, graph.engine), asked)
+    assert bool(stated.given_up) is given_up
+    assert all(stated.counts[n] == graph[n].channels for n in stated.given_up)
+    pruner = gp.L1NormPruner(model, [{"sparsity": 0.5, "op_types": ["default"]}], tokens(2), keep_class=True)
+    masks = pruner.masks()
+    _, report = gp.speedup(model, masks, plan=pruner.plan)
+    said = {g.name: g.note for g in report.groups if "found in 1 tries" in g.note}
+    assert set(said) == {n for n in stated.given_up if graph[n].role != "within"}  # which stay whole anyway, as whole heads go
+    assert all(
+        pruner.plan.notes[name] == note and note.startswith(f"all {graph[name].channels} kept instead") for name, note in said.items()
+    )
+    assert all(g.kept == g.channels for g in report.groups if g.name in said)
+    assert set(stated.notes(stated.counts)) == set()
+
+
+def test_a_search_warns_where_widths_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `Objective` with keep_class warns, as its trials would look as if nothing could go."""
+    monkeypatch.setattr(widths, "_TRIES", 1)
+    objective = gp.Objective(filled(Transformer(Attention, 12, 3)), tokens(2), lambda _: 0.0, keep_class=True)
+    with pytest.warns(UserWarning, match=r"keep all their channels: of keep_class=, no fewer were found in 1 tries"):
+        objective.counts(dict.fromkeys(objective.groups, 0.5))
+
+
 class Halves(nn.Module):
     """Cuts a layer in two and treats the parts apart, so that nothing but the cut itself ties their widths."""
 
@@ -301,7 +332,7 @@ def test_cuts_are_equations(way: str, round_to: int, asked: tuple[int, int], kep
     model = filled(Halves(way))
     graph = gp.trace(model, tokens(2))
     names = [g.name for g in graph.groups]
-    counts = stated_widths(graph, demands(model, graph.engine), dict(zip(names, asked, strict=True)), round_to)
+    counts = stated_widths(graph, demands(model, graph.engine), dict(zip(names, asked, strict=True)), round_to).counts
     assert tuple(counts[n] for n in names) == kept
     masks = gp.Masks(graph, {g.name: np.arange(g.channels) < counts[g.name] for g in graph.groups})
     _, report = gp.speedup(model, masks, result="module")
