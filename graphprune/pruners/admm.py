@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.masks.copying import copied
-from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.base import Pruner
 from graphprune.pruners.budgets import Plan
 from graphprune.pruners.config import split_rho
 from graphprune.pruners.level import LevelPruner
-from graphprune.training.session import Session, added, check_count, course, refuse_evaluator, refuse_former
+from graphprune.pruners.options import DataOptions, InputOptions, TrainedOptions, check_names, split, traceable
+from graphprune.training.session import Session, added, check_count, course, refuse_evaluator
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -76,16 +76,11 @@ class ADMMPruner:
         model: left bit-identical, as is the optimizer.
         config_list: entries as in the seeds, see `graphprune.pruners.config`, with a "rho" above 0 where 1e-4 is not wanted. Fine-grained,
             sparsities are shares of weights; coarse-grained, of channels.
-        trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
-        optimizer: bound to the model's parameters, or a function from parameters to an optimizer.
-        criterion: handed to the trainer.
+        trainer, optimizer, criterion: see `graphprune.pruners.options.TrainingOptions`.
         iterations: how often to train and project, at least 1.
         training_epochs: how many epochs to train per iteration, at least 1.
         granularity: "fine-grained" or "coarse-grained".
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
-        loss: of the data: from output and target to one number.
-        example_inputs: coarse-grained, what to trace the model with; without them the first batch of the training is taken.
-        options: coarse-grained, as of `Pruner`.
+        options: see `graphprune.pruners.options.TrainedOptions`; "fine-grained", `data`, `loss` and `example_inputs` alone.
 
     Attributes:
         model: after `masks` or `compress` the trained copy, not masked, with the training flags of the model that was given.
@@ -99,7 +94,7 @@ class ADMMPruner:
         InputError: coarse-grained, there is nothing to trace the model with, or it cannot run on it.
     """
 
-    def __init__(  # noqa: PLR0913 (the call shape of the seeds)
+    def __init__(
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
@@ -109,32 +104,28 @@ class ADMMPruner:
         iterations: int = 30,
         training_epochs: int = 5,
         granularity: Granularity = "fine-grained",
-        *,
-        data: Any = None,
-        loss: Any = None,
-        example_inputs: object = None,
-        **options: Unpack[Options],
+        **options: Unpack[TrainedOptions],
     ) -> None:
         who = type(self).__name__
         refuse_evaluator(who, trainer)
-        refuse_former(who, options, _FORMER)
+        check_names(type(self), options, TrainedOptions, _FORMER)
         if granularity not in get_args(Granularity):
             raise ConfigError(f"granularity is {granularity!r}", f"Use one of {', '.join(map(repr, get_args(Granularity)))}")
         self.iterations = check_count(iterations, "iterations", 1)
         self.training_epochs = check_count(training_epochs, "training_epochs", 1)
-        self.course = course(who, trainer, optimizer, criterion, data, loss)
+        data, others = split(options, DataOptions)
+        training = {"trainer": trainer, "optimizer": optimizer, "criterion": criterion, **data}
+        self.course = course(who, **training)
         entries, rho = split_rho(config_list, _RHO)
         self.projection: _Projection
         if granularity == "fine-grained":
-            if options:
-                what = f"{who} prunes single weights (granularity 'fine-grained') and has no argument {next(iter(options))}="
+            inputs, groups = split(others, InputOptions)
+            if groups:
+                what = f"{who} prunes single weights (granularity 'fine-grained') and has no argument {next(iter(groups))}="
                 raise ConfigError(what, "Leave it out, or write granularity='coarse-grained'")
-            self.projection = _Elements(model, entries)
+            self.projection = _Elements(model, entries, **inputs)
         else:
-            if example_inputs is None and options.get("graph") is None:
-                seen = {"data": data, "loss": loss, "trainer": trainer, "optimizer": optimizer, "criterion": criterion}
-                options["source"] = source(**seen, limit=1, who=who)
-            self.projection = _Channels(model, entries, who, example_inputs, **options)
+            self.projection = _Channels(model, entries, who, **traceable(who, others, training))
         self.rho = {name: rho[entry] for name, entry in self.projection.entries().items()}
         if not self.rho:
             raise ConfigError(f"{who} finds no weights to prune in what the config list selects", "Select more layers")
@@ -230,15 +221,13 @@ class _Energy:
 class _Channels(Pruner):
     """Keeps the channels whose producing weights have the largest L2 norm, all layers of a coupled group together."""
 
-    def __init__(
-        self, model: nn.Module, entries: Sequence[Mapping[str, Any]], who: str, example_inputs: object, **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, model: nn.Module, entries: Sequence[Mapping[str, Any]], who: str, **options: Any) -> None:
         for name in ("aggregation", "scope"):
             if name in options:
                 raise ConfigError(f"{who} projects, which leaves no choice of {name}=", "Leave it out")
         if options.get("mode") == "normal":
             raise ConfigError(f"{who} has no mode 'normal'", "Leave mode= out")
-        super().__init__(model, entries, _Energy(), example_inputs, **options)
+        super().__init__(model, entries, _Energy(), **options)
         self.model = copied(model, {})
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
 

@@ -6,7 +6,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphprune.criteria import criterion_named
 from graphprune.criteria.base import Criterion, is_comparable, seen_by
@@ -15,11 +15,12 @@ from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError, InputError, nearest
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
-from graphprune.pruners.budgets import Budget, Plan, Rounding, keep_highest, kept_count
+from graphprune.pruners.budgets import Plan, Rounding, keep_highest, kept_count
 from graphprune.pruners.config import resolve
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.families import CUTS, Cut
 from graphprune.pruners.layerwise import Layerwise, layers_with_rows
+from graphprune.pruners.options import MODES, Mode, Options, check_names
 from graphprune.pruners.requests import requests
 from graphprune.pruners.selectors import CHANNELS, Trait
 from graphprune.sizes.watch import demands
@@ -36,35 +37,6 @@ if TYPE_CHECKING:
     from graphprune.masks.elements import ElementMasks
     from graphprune.trace.inputs import Inputs
 
-Mode: TypeAlias = Literal["normal", "dependency_aware", "global", "balance"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-
-
-class Options(TypedDict, total=False):
-    """What all pruners take by keyword; see `Pruner`."""
-
-    mode: Mode | None
-    budget: Budget | None
-    aggregation: Aggregation
-    scope: Scope
-    rounding: Rounding
-    round_to: int
-    cut: Cut
-    graph: DependencyGraph | None
-    keep_class: bool
-    source: Source | None
-
-
-_FORMER = {
-    "dummy_input": "write example_inputs=",
-    "dependency_aware": "write mode='dependency_aware', the default once there are example inputs",
-    "global_sort": "write mode='global', or 'total_sparsity' in the config list",
-    "existed_wrappers": "leave it out: nothing is wrapped, and masks can be kept and applied again",
-    "evaluator": "pass trainer=, optimizer= and criterion=, or data= and loss=",
-    "training_steps": "write training_batches= (of data) or training_epochs= (of training)",
-    "training_batches": "leave it out: this pruner looks at no data; or write iterations= and training_epochs= for one that trains",
-}
-
 
 class Pruner:
     """Scores the groups of a model with one criterion and keeps the best channels of each.
@@ -74,27 +46,8 @@ class Pruner:
         config_list: entries as in the seeds, see `pruners.config`; a layer that no entry matches is kept whole. With a budget, entries
             say which layers lose channels and not how many.
         criterion: scores channels: the name of one, or one, see `graphprune.criteria`.
-        example_inputs: what the model is run on to find its groups: a tensor, a tuple of arguments, a dict of keyword arguments, or
-            (arguments, keyword arguments). Pruners that are given data take its first batch where there are none.
-
-    Keyword Args:
-        mode: "dependency_aware" prunes whole coupled groups, each by its own sparsity: only that makes a model smaller. "global" makes one
-            ranking of all groups (an entry's sparsity is then that of all its layers together). "balance" is the first with the same
-            positions taken from every conv group or head (`cut="within"`). "normal" masks the output rows of each layer by itself,
-            coupled or not. By default the first, or "normal" where there is nothing to find the groups with.
-        budget: a fraction of the MACs or parameters to remove, met to within one channel's cost: of all groups evenly, or of one
-            ranking in mode "global".
-        aggregation: how the scores of a coupled group's layers are put together: "sum" (the default), "mean", "max", or the first
-            "producer" alone.
-        scope: whose weights count: those of the layers that compute the channels ("producers", the default) or also of those that read
-            them ("group").
-        rounding: of the kept count, "floor" or "ceil"; of a budget, which side of it to end on.
-        round_to: kept counts are multiples of this where there are enough channels.
-        cut: what goes where a dimension is cut into equal blocks, see `graphprune.pruners.families`.
-        graph: the model's graph, if there is one already.
-        keep_class: keep more channels where the model's own arithmetic on sizes (`C // num_heads`, equal chunks) could not state what
-            was asked for, so that the shrunk model can be of the model's own class.
-        source: where a criterion that needs data takes it from, see `graphprune.data.sources`.
+        example_inputs: see `graphprune.pruners.options.InputOptions`.
+        options: see `graphprune.pruners.options.Options`.
 
     Raises:
         ConfigError: the config list or an option is not usable.
@@ -111,7 +64,10 @@ class Pruner:
         example_inputs: object = None,
         **options: Unpack[Options],
     ) -> None:
-        _check_options(type(self).__name__, options)
+        check_names(type(self), options, Options)
+        kept_count(1, 0.5, options.get("rounding", "floor"), options.get("round_to", 1))
+        if options.get("cut", "blocks") not in CUTS:
+            raise ConfigError(f"cut is {options['cut']!r}", f"Use one of {', '.join(map(repr, CUTS))}")
         self.model = model
         self.criterion = criterion_named(criterion)
         self.source = options.get("source")
@@ -281,14 +237,3 @@ def first_inputs(model: nn.Module, source: Source, who: str) -> Inputs:
     with contextlib.suppress(_Enough):
         source.inputs(model, take)
     return found[0]
-
-
-def _check_options(who: str, options: Mapping[str, Any]) -> None:
-    """Raises unless all options are known and usable."""
-    for name in options:
-        if name not in Options.__annotations__:
-            hint = _FORMER.get(name) or nearest(name, Options.__annotations__) or f"use {', '.join(Options.__annotations__)}"
-            raise ConfigError(f"{who} has no argument {name}=", hint[0].upper() + hint[1:])
-    kept_count(1, 0.5, options.get("rounding", "floor"), options.get("round_to", 1))
-    if options.get("cut", "blocks") not in CUTS:
-        raise ConfigError(f"cut is {options['cut']!r}", f"Use one of {', '.join(map(repr, CUTS))}")

@@ -6,13 +6,14 @@ user's `trainer(model, optimizer, criterion)`, which runs on a copy and changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.criteria.activations import APoZ, MeanActivation
 from graphprune.criteria.gradients import Taylor
 from graphprune.data.sources import source
-from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.base import Pruner
+from graphprune.pruners.options import DataOptions, SeenOptions, check_names, split
 from graphprune.training.session import refuse_evaluator
 
 if TYPE_CHECKING:
@@ -29,14 +30,10 @@ class _DataPruner(Pruner):
     Args:
         model: left as it is.
         config_list: see `Pruner`.
-        trainer: called as trainer(model, optimizer, criterion), as in the seeds.
-        optimizer: passed to the trainer; its `step` does nothing.
-        criterion: the loss function that is passed to the trainer.
+        trainer, optimizer, criterion: see `graphprune.pruners.options.TrainingOptions`; the `step` of the optimizer does nothing.
         training_batches: how many batches are looked at; all that the trainer or `data` has, if None.
         example_inputs: see `Pruner`; by default those of the first batch.
-        data: batches of (inputs, targets), or of inputs alone where no loss is needed, in the place of a trainer.
-        loss: from output and targets to a scalar, with `data`.
-        options: see `Pruner`.
+        options: see `graphprune.pruners.options.SeenOptions`.
 
     Raises:
         ConfigError: there is neither a trainer nor data, or an option is not usable.
@@ -53,21 +50,20 @@ class _DataPruner(Pruner):
         criterion: Callable[..., torch.Tensor] | None = None,
         training_batches: int | None = None,
         example_inputs: object = None,
-        *,
-        data: Iterable[Any] | None = None,
-        loss: Callable[[Any, Any], torch.Tensor] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SeenOptions],
     ) -> None:
-        refuse_evaluator(type(self).__name__, trainer)
-        given: dict[str, Any] = {"trainer": trainer, "optimizer": optimizer, "criterion": criterion, "limit": training_batches}
-        options["source"] = source(data=data, loss=loss, who=type(self).__name__, **given)
-        super().__init__(model, config_list, type(self).scoring(), example_inputs, **options)
+        who = type(self).__name__
+        refuse_evaluator(who, trainer)
+        check_names(type(self), options, SeenOptions)
+        data, others = split(options, DataOptions)
+        seen = source(trainer=trainer, optimizer=optimizer, criterion=criterion, limit=training_batches, who=who, **data)
+        super().__init__(model, config_list, type(self).scoring(), example_inputs, **{**others, "source": seen})
 
 
 class ActivationAPoZRankPruner(_DataPruner):
     """Prunes the channels that are zero most often behind their nonlinearity (Hu et al., Network Trimming, arXiv 1607.03250).
 
-    See `Pruner` and the arguments `trainer`, `optimizer`, `criterion`, `training_batches`, or `data`.
+    See `_DataPruner` for the arguments.
     """
 
     scoring = APoZ
@@ -76,7 +72,7 @@ class ActivationAPoZRankPruner(_DataPruner):
 class ActivationMeanRankPruner(_DataPruner):
     """Prunes the channels with the smallest mean activation (Molchanov et al., arXiv 1611.06440, section 2.2).
 
-    See `Pruner` and the arguments `trainer`, `optimizer`, `criterion`, `training_batches`, or `data`.
+    See `_DataPruner` for the arguments.
     """
 
     scoring = MeanActivation

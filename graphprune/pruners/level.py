@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -13,22 +13,23 @@ from graphprune.criteria.relative import lamp
 from graphprune.errors import ConfigError, InputError
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.config import LayerConfig, resolve
+from graphprune.pruners.options import InputOptions, check_names
 from graphprune.pruners.selectors import Trait
 from graphprune.torch_private import own_parameters
+from graphprune.trace.contexts import tensors_read
+from graphprune.trace.inputs import normalise, preserve_state, run
 from graphprune.trace.meta_device import require_values
-from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack
 
 LevelMode: TypeAlias = Literal["normal", "balance", "global"]
 LevelCriterion: TypeAlias = Literal["magnitude", "lamp"]
 
 _FORMER = {
     "dependency_aware": "nothing: single weights depend on nothing; L1NormPruner prunes coupled groups",
-    "dummy_input": "nothing: single weights depend on nothing",
     "evaluator": "nothing: weights are chosen by their magnitudes alone",
-    "existed_wrappers": "nothing: no layer is wrapped, and masks can be kept and applied again",
 }
 _WEIGHTS = Trait(
     "has a weight of two or more dimensions", "has no weight of two or more dimensions", "have no weight of two or more dimensions"
@@ -96,14 +97,15 @@ class LevelPruner:
         balance_gran: for "balance", the shape of a block, aligned with the last dimensions of the weight: [4] at 0.5 keeps 2 of 4.
         criterion: "magnitude" ranks by |w|. "lamp" makes magnitudes of different layers comparable (see `lamp_scores`), which matters to
             a total sparsity only, as the order within a layer is the same.
-        former: none; what NNI has besides is refused by name.
+        options: `example_inputs` (see `graphprune.pruners.options.InputOptions`) are not needed; the model is run on them in evaluation
+            mode where they are given, and weights that it does not read then keep all their elements.
 
     Attributes:
         achieved: layer -> `WeightSparsity`, filled in by `masks` and `compress`.
 
     Raises:
         ConfigError: the config list or an option is not usable, or a block does not divide a weight.
-        InputError: the model is on the meta device, or a weight has values that are not finite.
+        InputError: the model is on the meta device or cannot run on the example inputs, or a weight has values that are not finite.
     """
 
     def __init__(
@@ -114,11 +116,9 @@ class LevelPruner:
         balance_gran: Sequence[int] | None = None,
         *,
         criterion: LevelCriterion = "magnitude",
-        **former: object,
+        **options: Unpack[InputOptions],
     ) -> None:
-        refuse_former(type(self).__name__, former, _FORMER)
-        if former:
-            raise ConfigError(f"{type(self).__name__} has no argument {next(iter(former))}=", "Use mode, balance_gran and criterion")
+        check_names(type(self), options, InputOptions, _FORMER)
         if criterion not in get_args(LevelCriterion):
             raise ConfigError(f"criterion is {criterion!r}", f"Use one of {', '.join(map(repr, get_args(LevelCriterion)))}")
         _check_mode(mode, balance_gran)
@@ -126,7 +126,7 @@ class LevelPruner:
         self.model = model
         self.mode: LevelMode = mode
         self.criterion: LevelCriterion = criterion
-        self.weights = _selected(model, config_list)
+        self.weights = _read(model, _selected(model, config_list), options.get("example_inputs"))
         self.balance_gran = tuple(balance_gran or ())
         self.achieved: dict[str, WeightSparsity] = {}
         for weight in self.weights:
@@ -285,6 +285,18 @@ def _selected(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> lis
             config, reason = _of_shared(group, resolved.layers)
             out.append(_Weight(tuple(group), found[key], config, max(map(_asked, asked)), reason))
     return out
+
+
+def _read(model: nn.Module, weights: list[_Weight], example_inputs: object) -> list[_Weight]:
+    """Returns the weights, with nothing asked of those that the model does not read on the example inputs, if there are any."""
+    if example_inputs is None:
+        return weights
+    inputs = normalise(example_inputs).copied()
+    with preserve_state(model), tensors_read() as read:
+        run(model, inputs)
+    unread = "not read by the model on the example inputs"
+    asked = {id(w.tensor): LayerConfig(w.config.entry, 0.0) for w in weights if id(w.tensor) not in read}
+    return [replace(w, config=asked[id(w.tensor)], reason=unread) if id(w.tensor) in asked else w for w in weights]
 
 
 def _of_shared(group: list[str], configs: Mapping[str, LayerConfig]) -> tuple[LayerConfig, str]:

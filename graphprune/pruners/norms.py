@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphprune.criteria.distances import FPGM
 from graphprune.criteria.norms import L1, L2
-from graphprune.pruners.base import Options, Pruner
-from graphprune.training.session import refuse_former
+from graphprune.pruners.base import Pruner
+from graphprune.pruners.options import Options, check_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,7 @@ class _OfWeights(Pruner):
             mode: Any = example_inputs
             options["mode"] = mode
             example_inputs, former = (former or (None,))[0], former[1:]
-        refuse_former(type(self).__name__, (), {}, former)
+        check_names(type(self), options, Options, surplus=former)
         super().__init__(model, config_list, type(self).scoring(), example_inputs, **options)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.criteria.scales import BNScale
-from graphprune.data.sources import source
 from graphprune.errors import ConfigError
-from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.base import Pruner
+from graphprune.pruners.options import DataOptions, TrainedOptions, check_names, split, traceable
 from graphprune.pruners.selectors import Trait
-from graphprune.training.session import Session, added, check_count, course, refuse_evaluator, refuse_former
+from graphprune.training.session import Session, added, check_count, course, refuse_evaluator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,15 +43,10 @@ class SlimPruner(Pruner):
     Args:
         model: left bit-identical, as is the optimizer.
         config_list: entries as in the seeds, see `graphprune.pruners.config`.
-        trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
-        optimizer: bound to the model's parameters, or a function from parameters to an optimizer.
-        criterion: handed to the trainer.
+        trainer, optimizer, criterion: see `graphprune.pruners.options.TrainingOptions`.
         training_epochs: how many epochs to train; 0 prunes by the scales as they are, and needs no trainer.
         scale: the weight of the penalty (lambda of the paper), at least 0.
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
-        loss: of the data: from output and target to one number.
-        example_inputs: as of `Pruner`; without them the first batch that the training shows to the model is taken.
-        options: as of `Pruner`.
+        options: see `graphprune.pruners.options.TrainedOptions`.
 
     Attributes:
         model: after `masks` or `compress` the trained copy, with the training flags of the model that was given.
@@ -63,7 +58,7 @@ class SlimPruner(Pruner):
 
     trait = Trait("scales channels as a batch norm does", "scales no channels", "scale no channels")
 
-    def __init__(  # noqa: PLR0913 (the call shape of the seeds)
+    def __init__(
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
@@ -72,15 +67,11 @@ class SlimPruner(Pruner):
         criterion: Any = None,
         training_epochs: int = 1,
         scale: float = 1e-4,
-        *,
-        data: Any = None,
-        loss: Any = None,
-        example_inputs: object = None,
-        **options: Unpack[Options],
+        **options: Unpack[TrainedOptions],
     ) -> None:
         who = type(self).__name__
         refuse_evaluator(who, trainer)
-        refuse_former(who, options, _FORMER)
+        check_names(type(self), options, TrainedOptions, _FORMER)
         if options.get("mode") == "normal":
             what = f"{who} has no mode 'normal': a batch norm's scale belongs to all layers that are coupled through it"
             raise ConfigError(
@@ -88,11 +79,10 @@ class SlimPruner(Pruner):
             )
         self.training_epochs = check_count(training_epochs, "training_epochs", 0)
         self.scale = _check_scale(scale)
-        self.course = course(who, trainer, optimizer, criterion, data, loss) if self.training_epochs else None
-        if example_inputs is None and options.get("graph") is None and (data is not None or trainer is not None):
-            options["source"] = source(data=data, loss=loss, trainer=trainer, optimizer=optimizer, criterion=criterion, limit=1, who=who)
-        options.setdefault("aggregation", "mean")
-        super().__init__(model, config_list, BNScale(), example_inputs, **options)
+        data, others = split(options, DataOptions)
+        training = {"trainer": trainer, "optimizer": optimizer, "criterion": criterion, **data}
+        self.course = course(who, **training) if self.training_epochs else None
+        super().__init__(model, config_list, BNScale(), **{"aggregation": "mean", **traceable(who, others, training)})
 
     def selectable(self, group: Group) -> tuple[str, ...]:
         """Returns the names of the batch norms that scale the group's channels."""

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def reaching_threshold(model: nn.Module, config_list: Sequence[Mapping[str, Any]], before: ElementMasks | None = None) -> ElementMasks:
+def reaching_threshold(
+    model: nn.Module, config_list: Sequence[Mapping[str, Any]], before: ElementMasks | None = None, example_inputs: object = None
+) -> ElementMasks:
     """Returns masks of the weights w with |w| >= q std(weights of the layer), layer by layer.
 
     Han et al., Learning both Weights and Connections, arXiv 1506.02626, section 4: "a quality parameter multiplied by the standard
@@ -25,13 +27,14 @@ def reaching_threshold(model: nn.Module, config_list: Sequence[Mapping[str, Any]
         model: left as it is.
         config_list: entries with a `sparsity`, see `graphprune.pruners.config`.
         before: weights that these masks remove stay removed.
+        example_inputs: see `LevelPruner`.
 
     Raises:
         ConfigError: the config list is not usable, or an entry has a `total_sparsity`.
         InputError: the model is on the meta device, or a weight has values that are not finite.
     """
     kept: dict[str, torch.Tensor] = {}
-    for weight in LevelPruner(model, config_list).weights:
+    for weight in LevelPruner(model, config_list, example_inputs=example_inputs).weights:
         if weight.config.total is not None:
             what = f"config_list[{weight.config.entry}] gives a total_sparsity, and SensitivityPruner has a threshold per layer"
             raise ConfigError(what, "Write 'sparsity', the factor of the layer's standard deviation")

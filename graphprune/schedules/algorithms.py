@@ -118,8 +118,7 @@ class Algorithm:
         given = dict(self.params)
         if optimizer is not None and isinstance(given.get("optimizer"), torch.optim.Optimizer):
             given["optimizer"] = optimizer
-        if not issubclass(self.kind, LevelPruner) and not (issubclass(self.kind, ADMMPruner) and self.single):
-            given |= {"graph": graph} if graph is not None else {"example_inputs": example_inputs}
+        given |= {"graph": graph} if graph is not None else {"example_inputs": example_inputs}
         nested = isinstance(gone, Masks) and issubclass(self.kind, Pruner)
         make: Any = type(self.kind.__name__, (_Nested, self.kind), {"gone": gone}) if nested else self.kind
         made: OneShot = make(model, entries, **given)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from graphprune.errors import ConfigError, nearest
 from graphprune.runs.checkpoint import digest
 from graphprune.schedules.functions import Exponential, Schedule
-from graphprune.schedules.rounds import RoundsPruner
+from graphprune.schedules.rounds import RoundsOptions, RoundsPruner
 from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from graphprune.schedules.algorithms import OneShot
     from graphprune.schedules.state import State
 
@@ -61,7 +63,7 @@ class LotteryTicketPruner(RoundsPruner):
         rewind: Rewind = "weights",
         checkpoint: Mapping[str, Tensor] | None = None,
         rewind_epoch: int = 0,
-        **options: Any,
+        **options: Unpack[RoundsOptions],
     ) -> None:
         who = type(self).__name__
         if "reset_weight" in options or former or isinstance(pruning_params, bool):

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphprune.data.distributed import processes
-from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import tensors_of
-from graphprune.pruners.base import Options
 from graphprune.pruners.budgets import Plan
+from graphprune.pruners.options import (
+    DataOptions,
+    InputOptions,
+    RunOptions,
+    TrainedOptions,
+    check_evaluator,
+    check_names,
+    split,
+    traceable,
+)
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.runs.progress import ticking
 from graphprune.schedules.history import Movement, Movements, said
 from graphprune.schedules.moving import MovementSettings, Moving
 from graphprune.schedules.scored import Blocks, Channels, Scored
 from graphprune.training.packing import load, save
-from graphprune.training.session import check_count, course, refuse_evaluator, refuse_former
+from graphprune.training.session import check_count, course, refuse_evaluator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,8 +48,23 @@ _FORMER = {
     "training_steps": "training_epochs=, the number of calls of the trainer",
     "warmup_step": "warm_up_step=",
     "cooldown_begin_step": "cool_down_beginning_step=",
-    "dummy_input": "example_inputs=",
 }
+
+
+class _OwnOptions(TypedDict, total=False):
+    """What `MovementPruner` takes besides.
+
+    Attributes:
+        score_optimizer: from the scores to the optimizer that trains them; by default Adam with a learning rate of 0.01.
+        evaluator: from the masked model to its score, higher = better, asked behind every epoch.
+    """
+
+    score_optimizer: MakeOptimizer | None
+    evaluator: Callable[[nn.Module], float] | None
+
+
+class MovementOptions(_OwnOptions, TrainedOptions, RunOptions, total=False):
+    """What `MovementPruner` takes by keyword; of the options of `Pruner`, mode, rounding, round_to, cut and graph, for "channels" alone."""
 
 
 class MovementPruner:
@@ -68,9 +90,7 @@ class MovementPruner:
         model: left bit-identical, as is the optimizer.
         config_list: entries as in the seeds, see `pruners.config`. Sparsities are shares of what there is a score for. In mode "soft",
             as in NNI, `sparsity` is the threshold that the sigmoid of scores is compared with, usually 0.1.
-        trainer: `trainer(model, optimizer, criterion)`, which trains the model and by the optimizer in its arguments for one epoch.
-        optimizer: bound to the model's parameters, or a function from parameters to an optimizer.
-        criterion: handed to the trainer.
+        trainer, optimizer, criterion: see `graphprune.pruners.options.TrainingOptions`.
         warm_up_step: t at which masking begins.
         cool_down_beginning_step: t from which masks stay as they are; training must reach it.
         training_epochs: how many epochs to train, at least 1.
@@ -80,17 +100,8 @@ class MovementPruner:
             of a matrix (Lagunas et al., arXiv 2109.04838); "channels" or "auto", a channel of a coupled group, such as a neuron of a
             feed-forward layer or a whole attention head, whose score masks all weights that produce it (where a batch norm follows, its
             scale, as scores of whole rows learn nothing in front of one), and which `speedup` removes.
-        data: in place of a trainer: batches that can be iterated over once per epoch, see `graphprune.data.sources.Loader`.
-        loss: of the data: from output and target to one number.
-        score_optimizer: from the scores to the optimizer that trains them; by default Adam with a learning rate of 0.01.
-        example_inputs: of "channels", what to trace the model with; without them the first batch of the training is taken.
-        evaluator: from the masked model to its score, higher = better, asked behind every epoch.
-        folder: every epoch is saved here, atomically: the copy, scores, masks and what both optimizers remember. The same call goes on from
-            there, with the random numbers of then (of the global generators: seed your own by what they are for), and ends as one that was
-            never interrupted. What the trainer keeps by itself is not saved; in a parameter group of the optimizer it is. In the end the
-            history is written here, as CSV and, by matplotlib, as a plot.
-        progress: show a bar with score, sparsity and time left.
-        options: of "channels": mode, rounding, round_to, cut and graph as of `Pruner`.
+        options: see `MovementOptions`. A folder keeps the copy, scores, masks and what both optimizers remember; what the trainer keeps by
+            itself is not saved, but in a parameter group of the optimizer it is.
 
     Attributes:
         model: after `masks` or `compress` the trained copy, not masked, with the training flags of the model that was given.
@@ -116,50 +127,38 @@ class MovementPruner:
         regular_scale: float | None = None,
         movement_mode: MovementMode = "hard",
         sparse_granularity: str | Sequence[int] = "finegrained",
-        *,
-        data: Any = None,
-        loss: Any = None,
-        score_optimizer: MakeOptimizer | None = None,
-        example_inputs: object = None,
-        evaluator: Callable[[nn.Module], float] | None = None,
-        folder: str | os.PathLike[str] | None = None,
-        progress: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[MovementOptions],
     ) -> None:
         who = type(self).__name__
         refuse_evaluator(who, trainer)
-        refuse_former(who, options, _FORMER)
+        check_names(type(self), options, MovementOptions, _FORMER)
+        given, others = split(options, DataOptions, RunOptions, _OwnOptions)
+        training = {"trainer": trainer, "optimizer": optimizer, "criterion": criterion, **split(given, DataOptions)[0]}
         self.warm_up_step = check_count(warm_up_step, "warm_up_step", 0)
         self.cool_down_beginning_step = check_count(cool_down_beginning_step, "cool_down_beginning_step", self.warm_up_step + 1)
         self.training_epochs = check_count(training_epochs, "training_epochs", 1)
         self.movement_mode: MovementMode = _checked_mode(who, movement_mode, regular_scale)
         self.regular_scale = float(regular_scale or 0.0)
-        self.course = course(who, trainer, optimizer, criterion, data, loss)
-        self.score_optimizer: MakeOptimizer = score_optimizer or _adam
+        self.course = course(who, **training)
+        self.score_optimizer: MakeOptimizer = given.get("score_optimizer") or _adam
         kind = _checked_granularity(sparse_granularity)
         self.scored: Scored
         if kind == "channels":
-            if example_inputs is None and options.get("graph") is None:
-                seen = {"data": data, "loss": loss, "trainer": trainer, "optimizer": optimizer, "criterion": criterion}
-                options["source"] = source(**seen, limit=1, who=who)
-            self.scored = Channels(who, model, config_list, example_inputs, **options)
+            self.scored = Channels(who, model, config_list, **traceable(who, others, training))
         else:
-            if options:
+            inputs, groups = split(others, InputOptions)
+            if groups:
                 what = f"{who} masks weights of single layers (sparse_granularity {sparse_granularity!r}) and has no argument"
-                raise ConfigError(f"{what} {next(iter(options))}=", "Leave it out, or write sparse_granularity='channels'")
-            self.scored = Blocks(model, config_list, kind)
+                raise ConfigError(f"{what} {next(iter(groups))}=", "Leave it out, or write sparse_granularity='channels'")
+            self.scored = Blocks(model, config_list, kind, **inputs)
         if movement_mode == "soft" and any("total_sparsity" in entry for entry in config_list):
             what = f"the config list of {who} has a 'total_sparsity', but movement_mode 'soft' compares every score with a threshold"
             raise ConfigError(what, "Write the threshold as 'sparsity', such as 0.1, or movement_mode='hard'")
-        if evaluator is not None and not callable(evaluator):
-            what = f"evaluator of {who} is a {type(evaluator).__name__}"
-            raise ConfigError(
-                what, "Pass a function from a model to its score; what trains is given as trainer= and optimizer=, or data= and loss="
-            )
-        if folder is not None and processes() > 1:
+        self.evaluator, self.folder, self.progress = given.get("evaluator"), given.get("folder"), given.get("progress", False)
+        check_evaluator(who, self.evaluator, "what trains is given as trainer= and optimizer=, or data= and loss=")
+        if self.folder is not None and processes() > 1:
             what = f"{who} has a folder, and {processes()} processes train, whose random numbers it does not keep"
             raise ConfigError(what, "Leave folder= out")
-        self.evaluator, self.folder, self.progress = evaluator, folder, progress
         self.model = model
         self.scores: dict[str, Tensor] = {}
         self.achieved: dict[str, float] = {}

@@ -22,6 +22,7 @@ from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
 from graphprune.masks.elements import ElementMasks
 from graphprune.pruners.base import Pruner
+from graphprune.pruners.options import InputOptions, RunOptions, TrainingOptions, check_evaluator, check_names, kept_folder, split
 from graphprune.runs.checkpoint import digest
 from graphprune.runs.progress import Tick
 from graphprune.schedules.algorithms import Algorithm, OneShot, chooser, masks_of
@@ -35,8 +36,24 @@ from graphprune.training.packing import is_plain, settings_of
 from graphprune.training.session import Course, check_count, flags_kept
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from graphprune.groups.graph import DependencyGraph
     from graphprune.training.finetuning import Finetune, MakeScheduler
+
+
+class RoundsOptions(TrainingOptions, InputOptions, RunOptions, total=False):
+    """What pruners take that work in rounds.
+
+    Attributes:
+        finetune: trains the model that it is given, in place, once per round; in place of what `TrainingOptions` says.
+        training_epochs: calls of the trainer per round, by default 1; the optimizer goes through all rounds.
+        lr_scheduler: from the optimizer to a learning-rate scheduler that is stepped per epoch; every round begins it anew.
+    """
+
+    finetune: Finetune | None
+    training_epochs: int
+    lr_scheduler: MakeScheduler | None
 
 
 class RoundsPruner(InRounds):
@@ -56,20 +73,7 @@ class RoundsPruner(InRounds):
         speedup: remove channels physically in every round; layers are found again in the smaller model, and the optimizer follows.
             Without it they are masked: zeroed before every forward pass.
         pruning_params: further arguments of the one-shot pruner. Those of data are by default the pruner's own.
-
-    Keyword Args:
-        finetune: trains the model that it is given, in place, once per round.
-        trainer: in its place `trainer(model, optimizer, criterion)`, one epoch per call, as in the seeds.
-        optimizer: of the model's parameters (it is copied), or a function from parameters to one; it goes through all rounds.
-        criterion: handed to the trainer.
-        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.sources.Loader`.
-        loss: of the data.
-        training_epochs: calls of the trainer per round.
-        lr_scheduler: from the optimizer to a learning-rate scheduler that is stepped per epoch; every round begins it anew.
-        example_inputs: what to find the groups with, see `Pruner`.
-        folder: every round is saved here, atomically; the same call goes on from there, with the random numbers of then (of the global
-            generators: seed your own by what they are for). In the end the history is written here, as CSV and, by matplotlib, as a plot.
-        progress: show a bar with score, sparsity and time left.
+        options: see `RoundsOptions`.
 
     Attributes:
         graph: the original model's, or None where single weights or layers are masked.
@@ -82,7 +86,7 @@ class RoundsPruner(InRounds):
     kind: ClassVar[str] = "rounds"
     own_schedules: ClassVar[bool] = False  # whether entries may have schedules of their own
 
-    def __init__(  # noqa: PLR0913 (the call shape of NNI, and the project's words)
+    def __init__(
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
@@ -93,43 +97,26 @@ class RoundsPruner(InRounds):
         evaluator: Callable[[nn.Module], float] | None = None,
         speedup: bool = False,  # noqa: FBT001, FBT002 (the call shape of NNI)
         pruning_params: Mapping[str, Any] | None = None,
-        *,
-        finetune: Finetune | None = None,
-        trainer: Any = None,
-        optimizer: Any = None,
-        criterion: Any = None,
-        data: Any = None,
-        loss: Any = None,
-        training_epochs: int = 1,
-        lr_scheduler: MakeScheduler | None = None,
-        example_inputs: object = None,
-        folder: str | os.PathLike[str] | None = None,
-        progress: bool = False,
+        **options: Unpack[RoundsOptions],
     ) -> None:
         who = type(self).__name__
         if not isinstance(model, nn.Module):
             what = f"{who} is given a {type(model).__name__} in place of a model"
             raise ConfigError(what, f"Write {who}(model, config_list, pruning_algorithm, total_iteration), such as 'l1' and 10")
-        self.model = model
-        self.evaluator = evaluator
-        self.speedup = speedup
-        self.progress = progress
-        self.folder = log_dir if folder is None else folder
-        self.keep = keep_intermediate_result
-        if evaluator is not None and not callable(evaluator):
-            what = f"evaluator of {who} is a {type(evaluator).__name__}"
-            raise ConfigError(what, "Pass a function from a model to its score; finetune=, or trainer= and optimizer=, say how to train")
-        if self.keep and self.folder is None:
-            raise ConfigError(f"{who} is to keep intermediate results, and has no folder", "Pass folder=")
+        check_names(type(self), options, RoundsOptions)
+        self.model, self.evaluator, self.speedup = model, evaluator, speedup
+        self.progress, self.keep = options.get("progress", False), keep_intermediate_result
+        self.folder = kept_folder(who, options.get("folder"), log_dir, keep=self.keep)
+        check_evaluator(who, evaluator, "finetune=, or trainer= and optimizer=, say how to train")
         steps = 10 if total_iteration is None else check_count(total_iteration, "total_iteration", 1)
         self.plan: Planned = planned(config_list, who, lambda final: self.schedule(final, steps), own=self.own_schedules)
         self.total = max(self.plan.end, 1) if total_iteration is None else steps
-        self.wishes = TrainingConfig(finetune, trainer, optimizer, criterion, data, loss, training_epochs, lr_scheduler)
+        self.wishes = TrainingConfig(**split(options, TrainingConfig)[0])
         self._how = self.wishes.checked(who)
         self.algorithm = Algorithm.of(pruning_algorithm, pruning_params, vars(self.wishes), who)
         self._check_optimizers(who)
-        self._example_inputs = example_inputs
-        self._one_shot = self.algorithm.pruner(model, list(self.plan.entries), example_inputs=example_inputs)
+        self._example_inputs = options.get("example_inputs")
+        self._one_shot = self.algorithm.pruner(model, list(self.plan.entries), example_inputs=self._example_inputs)
         self._chooser = chooser(self._one_shot)
         self.graph = None if self._chooser is None else self._chooser.graph
         if speedup and self.graph is None:

@@ -19,7 +19,7 @@ from graphprune.criteria.norms import L1
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
 from graphprune.masks.elements import ElementMasks
-from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.base import Pruner
 from graphprune.pruners.budgets import Plan, kept_count, least_kept
 from graphprune.pruners.counts import Counting
 from graphprune.pruners.level import LevelPruner, smallest, whole
@@ -27,12 +27,10 @@ from graphprune.pruners.requests import requests
 from graphprune.torch_private import ConvTransposeNd
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from graphprune.groups.graph import Group, Slice
     from graphprune.pruners.config import LayerConfig
 
-_OPTIONS = ("mode", "rounding", "round_to", "cut", "graph", "source")
+_OPTIONS = ("example_inputs", "mode", "rounding", "round_to", "cut", "graph", "source")
 
 
 class Scored(Protocol):
@@ -123,16 +121,19 @@ class Blocks:
         model: whose weights they are.
         config_list: entries, see `graphprune.pruners.config`; a layer can be selected when it has a weight of two or more dimensions.
         shape: "finegrained", "rows", or the height and width of a block.
+        example_inputs: see `LevelPruner`.
 
     Raises:
         ConfigError: the config list is unusable, or blocks do not divide a weight.
     """
 
-    def __init__(self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], shape: str | tuple[int, int]) -> None:
+    def __init__(
+        self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], shape: str | tuple[int, int], example_inputs: object = None
+    ) -> None:
         self.model = model
         modules = dict(model.named_modules())
         self._weights: dict[str, _Weight] = {}
-        for weight in LevelPruner(model, config_list).weights:
+        for weight in LevelPruner(model, config_list, example_inputs=example_inputs).weights:
             layer, size = weight.layers[0], tuple(weight.tensor.shape)
             block = _block(size, shape, layer, modules[layer])
             self._weights[weight.parameter] = _Weight(weight.parameter, size, block, weight.config)
@@ -203,8 +204,7 @@ class Channels:
         who: the pruner, as messages name it.
         model: as of `Pruner`.
         config_list: as of `Pruner`.
-        example_inputs: as of `Pruner`.
-        options: as of `Pruner`, without those that say how to score.
+        options: as of `Pruner`, example inputs among them, without those that say how to score.
 
     Attributes:
         graph: the model's graph.
@@ -214,16 +214,14 @@ class Channels:
         InputError: there is nothing to trace the model with, or it cannot run on it.
     """
 
-    def __init__(
-        self, who: str, model: nn.Module, config_list: Sequence[Mapping[str, Any]], example_inputs: object, **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, who: str, model: nn.Module, config_list: Sequence[Mapping[str, Any]], **options: Any) -> None:
         for name in options:
             if name not in _OPTIONS:
                 hint = nearest(name, _OPTIONS) or f"Use {', '.join(_OPTIONS)}"
                 raise ConfigError(f"{who} learns its scores, and has no argument {name}=", hint)
         if options.setdefault("mode", "dependency_aware") == "normal":
             raise ConfigError(f"{who} has no mode 'normal'", "Write sparse_granularity='rows' for rows of layers by themselves")
-        pruner = Pruner(model, config_list, L1(), example_inputs, **options)  # whose scores are never asked for
+        pruner = Pruner(model, config_list, L1(), **options)  # whose scores are never asked for
         self.graph = pruner.graph
         parameters = dict(model.named_parameters(remove_duplicate=False))
         asked = requests(pruner.graph, pruner.config, pruner.cut, pruner.selectable, together=pruner.mode == "global")

@@ -6,8 +6,7 @@ at the end:               shrink, evaluate ──▶ the score is the reward of 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import floor
@@ -18,32 +17,29 @@ import torch
 from graphprune.cost.predict import Forecast
 from graphprune.criteria.base import Criterion
 from graphprune.pruners.budgets import first_met, keep_highest
+from graphprune.pruners.options import FORMER_RUN
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import ticking
 from graphprune.search.base import SearchResult, said
 from graphprune.search.base import best as best_of
 from graphprune.search.ddpg import DDPG, Agent, Transition
 from graphprune.search.objective import Constraint, Objective, Trial
-from graphprune.search.pruner import Mode, SearchPruner, require_constraints
+from graphprune.search.pruner import Mode, SearchOptions, SearchPruner, require_constraints
 from graphprune.sensitivity.bench import same_random
 from graphprune.sensitivity.scoreboard import name_of
 from graphprune.training.packing import load, save
-from graphprune.training.session import check_count, refuse_former
+from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
     from graphprune.cost.count import Cost
-    from graphprune.data.sources import Source
-    from graphprune.pruners.base import Options
-    from graphprune.repair.rebuilding import Reconstruction
 
 _KIND = "amc"
 FEATURES = ("index", "channels", "elements", "params", "macs", "reduced", "rest", "before")
 _FORMER = {
-    "dummy_input": "example_inputs=",
-    "log_dir": "folder=",
+    **FORMER_RUN,
     "keep_intermediate_result": "folder=, which keeps every episode",
     "pruning_algorithm": "base_algo=, the name of a criterion",
     "pruning_params": "them as keyword arguments",
@@ -176,39 +172,26 @@ class AMCPruner(SearchPruner):
 
     Args:
         total_episode: how many episodes there are in all.
-        model: left bit-identical.
-        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
-            together; with `budget=` (see `Pruner`), entries say only which layers lose channels.
+        model, config_list, base_algo: see `SearchPruner`.
         evaluator: from a shrunk model to a number, the reward of the episode.
-        base_algo: the criterion that says which channels go first.
         former: none; what comes here in NNI is refused by name.
 
     Keyword Args:
-        example_inputs: what the model is run on to find its groups.
         ddpg_params: parameters of the agent by name, see `graphprune.search.ddpg.DDPG`.
-        optimize_mode: "minimize" negates what the evaluator returns; scores in the history are then the negated ones.
-        seed: of the agent, and of the random numbers that each evaluation sees.
-        folder: where the run is kept, episode by episode; one that was interrupted goes on there, with the same result.
-        progress: show a bar with scores, sparsity and time left.
-        finetune: trains the shrunk copy in place before it is evaluated.
-        reconstruct: batches, or a `graphprune.Reconstruction` with its options, to fit the weights that are left with before a model is
-            evaluated; the model that `compress` returns has such weights too.
-        physical: evaluate shrunk models; else masked ones.
-        max_sparsity: the largest share of its channels that a group may lose.
-        options: as of `Pruner`.
+        optimize_mode: see `SearchPruner`.
+        options: see `SearchOptions`.
 
     Attributes:
-        objective: what is searched.
         course: the groups as the agent sees them.
-        history: one `Trial` per episode.
-        episodes: one `Episode` per episode.
+        episodes: one `Episode` per episode, and so per `Trial` of the history.
 
     Raises:
-        ConfigError: an argument is not usable, or the budget cannot be met.
-        InputError: there are no example inputs, or the model cannot run on them.
+        ConfigError, InputError: see `SearchPruner`.
     """
 
-    def __init__(  # noqa: PLR0913 (the call shape of the seeds)
+    former, positions = _FORMER, ("log_dir",)
+
+    def __init__(
         self,
         total_episode: int,
         model: nn.Module,
@@ -216,39 +199,26 @@ class AMCPruner(SearchPruner):
         evaluator: Callable[[nn.Module], float],
         base_algo: str | Criterion = "l1",
         *former: object,
-        example_inputs: object = None,
         ddpg_params: Mapping[str, Any] | None = None,
         optimize_mode: Mode = "maximize",
-        seed: int = 0,
-        folder: str | os.PathLike[str] | None = None,
-        progress: bool = False,
-        finetune: Callable[[nn.Module], object] | None = None,
-        reconstruct: Reconstruction | Iterable[Any] | Source | None = None,
-        physical: bool = True,
-        max_sparsity: float = 0.95,
-        **options: Unpack[Options],
+        **options: Unpack[SearchOptions],
     ) -> None:
-        refuse_former(type(self).__name__, options, _FORMER, former, ("log_dir",))
         self.total = check_count(total_episode, "total_episode", 1)
         how = DDPG.of(ddpg_params)
         self.how = how if how.warm_up is not None else replace(how, warm_up=max(self.total // 8, 1))
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, **options}
-        limits["reconstruct"] = reconstruct
-        super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits)
+        super().__init__(model, config_list, evaluator, optimize_mode, base_algo, *former, **options)
         require_constraints(self.objective.constraints, type(self).__name__)
         self.course = Course(self.objective)
         self.history: tuple[Trial, ...] = ()
         self.episodes: tuple[Episode, ...] = ()
-        self._agent = Agent(len(FEATURES), len(self.objective.groups), self.how, seed)
+        self._agent = Agent(len(FEATURES), len(self.objective.groups), self.how, self.seed)
         self._settings = {
             "ddpg": asdict(self.how),
-            "seed": seed,
+            "seed": self.seed,
             "mode": optimize_mode,
-            "finetune": name_of(finetune),
-            "physical": physical,
+            "finetune": name_of(self.objective.finetune),
+            "physical": self.objective.physical,
         }
-        self._seed, self._folder, self._progress = seed, folder, progress
-        self._result: SearchResult | None = None
 
     # -- episodes ----------------------------------------------------------------------------------------------------------------
 
@@ -299,6 +269,6 @@ class AMCPruner(SearchPruner):
         key = tuple(sparsities.values())
         if key in known:
             return replace(known[key], number=number, seconds=0.0)
-        with same_random(self._seed):
+        with same_random(self.seed):
             known[key] = self.objective(sparsities, number)
         return known[key]

@@ -9,9 +9,8 @@ spread, the median loss of the last ten candidates that were worse, which shrink
 from __future__ import annotations
 
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,29 +18,24 @@ import numpy as np
 
 from graphprune.criteria.base import Criterion
 from graphprune.errors import ConfigError
+from graphprune.pruners.options import FORMER_RUN
 from graphprune.search.base import SearchResult, run
 from graphprune.search.objective import Sparsities, Trial
-from graphprune.search.pruner import Mode, SearchPruner, require_constraints
-from graphprune.training.session import check_count, refuse_former
+from graphprune.search.pruner import Mode, SearchOptions, SearchPruner, require_constraints
+from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
-
-    from graphprune.data.sources import Source
-    from graphprune.pruners.base import Options
-    from graphprune.repair.rebuilding import Reconstruction
 
 HOT, COLD = 4.0, 0.04  # temperatures in units of the spread: a median loss is accepted with probability 0.78 at first, 1e-11 at last
 _LEAPS = 0.2  # share of the candidates that may be anywhere: small steps alone end in what is best nearby
 _MEMORY = 10  # worse candidates that the spread is the median of
 _TRIES, _GROWTH = 50, 1.1  # perturbations until one changes a whole channel, each so much larger than the one before
 _FORMER = {
-    "dummy_input": "example_inputs=",
+    **FORMER_RUN,
     "pruning_algorithm": "base_algo=, the name of a criterion",
     "pruning_params": "them as keyword arguments",
-    "log_dir": "folder=",
-    "experiment_data_dir": "folder=",
     "speedup": "nothing: candidates are shrunk before they are evaluated unless physical=False",
     "keep_intermediate_result": "folder=, which keeps every trial",
 }
@@ -209,10 +203,7 @@ class SimulatedAnnealingPruner(SearchPruner):
     everywhere, so the best is never worse than that.
 
     Args:
-        model: left bit-identical.
-        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its
-            entry together; with `budget=` (see `Pruner`), entries say only which layers lose channels.
-        evaluator: from a shrunk model to a number.
+        model, config_list, evaluator: see `SearchPruner`.
         start_temperature: of the first candidate; only its ratio to the stop temperature counts.
         stop_temperature: when to end.
         cool_down_rate: what the temperature is multiplied with after every candidate.
@@ -220,30 +211,18 @@ class SimulatedAnnealingPruner(SearchPruner):
         former: none; what comes here in NNI is refused by name.
 
     Keyword Args:
-        example_inputs: what the model is run on to find its groups.
-        optimize_mode: "minimize" negates what the evaluator returns; scores in the history are then the negated ones.
-        base_algo: the criterion that says which channels go first.
+        optimize_mode, base_algo: see `SearchPruner`.
         trials: how many models to evaluate in all, in place of a cooling rate.
-        seed: of the search; the same seed gives the same result if the evaluator is deterministic.
-        folder: where the run is kept; one that was interrupted goes on there, with the same result as an uninterrupted one.
-        progress: show a bar with scores, sparsity and time left.
-        finetune: trains the shrunk copy in place before it is evaluated.
-        reconstruct: batches, or a `graphprune.Reconstruction`: candidates are fitted by least squares before they are shrunk.
-        physical: evaluate shrunk models; else masked ones.
-        max_sparsity: the largest share of its channels that a group may lose.
-        options: as of `Pruner`.
+        options: see `SearchOptions`.
 
     Attributes:
-        objective: what is searched.
-        history: one `Trial` per evaluation, after `search` or `compress`.
         moves: one `Move` per evaluation: temperature, spread, chance, whether it was accepted.
-        best: the best trial.
-        last: the last one.
 
     Raises:
-        ConfigError: an argument is not usable, or the budget cannot be met.
-        InputError: there are no example inputs, or the model cannot run on them.
+        ConfigError, InputError: see `SearchPruner`.
     """
+
+    former, positions = _FORMER, _IN_ORDER
 
     def __init__(  # noqa: PLR0913 (the call shape of the seeds)
         self,
@@ -255,30 +234,18 @@ class SimulatedAnnealingPruner(SearchPruner):
         cool_down_rate: float = 0.9,
         perturbation_magnitude: float = 0.35,
         *former: object,
-        example_inputs: object = None,
         optimize_mode: Mode = "maximize",
         base_algo: str | Criterion = "l1",
         trials: int | None = None,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | None = None,
-        progress: bool = False,
-        finetune: Callable[[nn.Module], object] | None = None,
-        reconstruct: Reconstruction | Iterable[Any] | Source | None = None,
-        physical: bool = True,
-        max_sparsity: float = 0.95,
-        **options: Unpack[Options],
+        **options: Unpack[SearchOptions],
     ) -> None:
-        refuse_former(type(self).__name__, options, _FORMER, former, _IN_ORDER)
         cooling = Cooling.of(start_temperature, stop_temperature, cool_down_rate, trials)
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, "finetune": finetune, "reconstruct": reconstruct}
-        super().__init__(model, config_list, evaluator, optimize_mode, example_inputs, base_algo, **limits, **options)
+        super().__init__(model, config_list, evaluator, optimize_mode, base_algo, *former, **options)
         require_constraints(self.objective.constraints, type(self).__name__)
         even = dict.fromkeys(self.objective.groups, 0.5)
         space = (even, self.objective.most, self.objective.project)
-        self._annealing = Annealing(*space, cooling=cooling, magnitude=perturbation_magnitude, seed=seed)
-        self._settings = {"cooling": asdict(cooling), "perturbation": perturbation_magnitude, "seed": seed, "mode": optimize_mode}
-        self._folder, self._progress = folder, progress
-        self._result: SearchResult | None = None
+        self._annealing = Annealing(*space, cooling=cooling, magnitude=perturbation_magnitude, seed=self.seed)
+        self._settings = {"cooling": asdict(cooling), "perturbation": perturbation_magnitude, "seed": self.seed, "mode": optimize_mode}
 
     def _search(self) -> SearchResult:
         how: dict[str, Any] = {"kind": "simulated-annealing", "settings": self._settings}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import nn
@@ -22,9 +22,9 @@ from graphprune.errors import ConfigError, InputError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, tensors_of
 from graphprune.pruners.admm import ADMMPruner, Convergence
-from graphprune.pruners.base import Options
 from graphprune.pruners.budgets import Budget
 from graphprune.pruners.config import AMOUNTS, split_rho
+from graphprune.pruners.options import InputOptions, Options, RunOptions, TrainingOptions, check_names, kept_folder, split
 from graphprune.runs.checkpoint import digest
 from graphprune.runs.progress import Tick
 from graphprune.schedules.functions import Exponential
@@ -33,7 +33,7 @@ from graphprune.schedules.state import InRounds, State, narrowed
 from graphprune.search.allocation import Projection, Remaining
 from graphprune.search.annealing import Annealing
 from graphprune.search.base import run
-from graphprune.search.compressing import FORMER, TRAINING, Compression, Compressions, Searching, Training, checked_params
+from graphprune.search.compressing import FORMER, Compression, Compressions, Searching, Training
 from graphprune.search.pruner import require_constraints
 from graphprune.search.scattering import filled, scattered
 from graphprune.sensitivity.bench import finite
@@ -41,12 +41,34 @@ from graphprune.sensitivity.scoreboard import name_of
 from graphprune.training.finetuning import Finetune, TrainingConfig, TrainingCopy
 from graphprune.training.keeping import held
 from graphprune.training.packing import plain_part, settings_of
-from graphprune.training.session import check_count, flags_kept, refuse_former
+from graphprune.training.session import check_count, flags_kept
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from graphprune.search.objective import Trial
 
 _RHO = 1e-4
+
+
+class _OwnOptions(TypedDict, total=False):
+    """What `AutoCompressPruner` takes besides.
+
+    Attributes:
+        finetune: trains the model that a round leaves, in place.
+        finetune_epochs: in its place, calls of the trainer.
+        seed: of the searches.
+        max_sparsity: the largest share of its original channels that a group may lose, by default 0.95.
+    """
+
+    finetune: Finetune | None
+    finetune_epochs: int
+    seed: int
+    max_sparsity: float
+
+
+class AutoCompressOptions(_OwnOptions, Options, TrainingOptions, InputOptions, RunOptions, total=False):
+    """What `AutoCompressPruner` takes by keyword; a folder keeps every trial and every round."""
 
 
 class AutoCompressPruner(InRounds):
@@ -80,22 +102,7 @@ class AutoCompressPruner(InRounds):
         evaluator: from a model in evaluation mode to its score, higher = better: of rounds, and of candidates where sa_params has none.
         speedup: remove channels physically after every round. Without it they are masked, and stay so: candidates and trained models are
             of the original shapes.
-
-    Keyword Args:
-        example_inputs: what the model is run on to find its groups.
-        trainer: `trainer(model, optimizer, criterion)`, one epoch per call.
-        optimizer: of the model's parameters (it is copied), or a function from parameters to one.
-        criterion: handed to the trainer.
-        data: in place of a trainer: batches of (inputs, targets), see `graphprune.data.sources.Loader`.
-        loss: of the data.
-        finetune: trains the model that a round leaves, in place.
-        finetune_epochs: in its place, calls of the trainer.
-        seed: of the searches.
-        folder: every trial and every round is saved here, atomically; the same call goes on from there and ends as if it had not been
-            interrupted. In the end the history is written here, as CSV and, by matplotlib, as a plot.
-        progress: show a bar with score, sparsity and time left.
-        max_sparsity: the largest share of its original channels that a group may lose.
-        options: as of `Pruner`, `budget=` among them.
+        options: see `AutoCompressOptions`.
 
     Attributes:
         graph: the original model's.
@@ -109,7 +116,7 @@ class AutoCompressPruner(InRounds):
     kind = "autocompress"
     records = Compressions
 
-    def __init__(  # noqa: PLR0913 (the call shape of the seeds)
+    def __init__(
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
@@ -120,37 +127,28 @@ class AutoCompressPruner(InRounds):
         keep_intermediate_result: bool = False,  # noqa: FBT001, FBT002 (the call shape of the seeds)
         evaluator: Callable[[nn.Module], float] | None = None,
         speedup: bool = True,  # noqa: FBT001, FBT002 (likewise)
-        *,
-        example_inputs: object = None,
-        finetune: Finetune | None = None,
-        finetune_epochs: int = 0,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | None = None,
-        progress: bool = False,
-        max_sparsity: float = 0.95,
-        **options: Any,
+        **options: Unpack[AutoCompressOptions],
     ) -> None:
         self._who = who = type(self).__name__
-        refuse_former(who, options, FORMER)
-        training = {name: options.pop(name) for name in TRAINING if name in options}
-        options = checked_params(options, Options.__annotations__, {}, who)
-        self.model, self.speedup, self.seed, self.progress = model, speedup, seed, progress
+        check_names(type(self), options, AutoCompressOptions, FORMER)
+        training, others = split(options, TrainingOptions)
+        own, others = split(others, _OwnOptions, RunOptions)
+        self.model, self.speedup, self.keep = model, speedup, keep_intermediate_result
+        self.seed, self.progress = own.get("seed", 0), own.get("progress", False)
         self.total = check_count(total_iteration, "total_iteration", 1)
-        self.folder = log_dir if folder is None else folder
-        self.keep = keep_intermediate_result
-        if self.keep and self.folder is None:
-            raise ConfigError(f"{who} is to keep intermediate results, and has no folder", "Pass folder=")
+        self.folder = kept_folder(who, own.get("folder"), log_dir, keep=self.keep)
         self._training = Training.of(training, admm_params, who)
         self._searching = Searching.of(sa_params, evaluator, who)
-        self._wishes = TrainingConfig(finetune=finetune, training_epochs=finetune_epochs)
+        self._wishes = TrainingConfig(finetune=own.get("finetune"), training_epochs=own.get("finetune_epochs", 0))
         self._wishes.checked(who)
-        if finetune is not None and finetune_epochs:
+        if self._wishes.finetune is not None and self._wishes.training_epochs:
             raise ConfigError(f"{who} has finetune= and finetune_epochs=", "Pass one of them")
         if isinstance(model, torch.jit.ScriptModule):
             raise InputError(f"{who} works on copies, and scripted modules cannot be copied", "Pass the module before scripting")
         entries, self._rho = split_rho(config_list, _RHO)
         self._entries: list[dict[str, Any]] = [dict(entry) for entry in entries]
-        self._given: dict[str, Any] = {"physical": speedup, "max_sparsity": max_sparsity, "example_inputs": example_inputs, **options}
+        limit = own.get("max_sparsity", 0.95)
+        self._given: dict[str, Any] = {"physical": speedup, "max_sparsity": limit, "example_inputs": None, **others}
         self._given |= self._training.seen_by(self._searching.criterion)
         self._state: State | None = None
         self._broken = False

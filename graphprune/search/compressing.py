@@ -20,13 +20,14 @@ from graphprune.training.session import Course, check_count, course
 if TYPE_CHECKING:
     from torch import nn
 
-TRAINING = ("trainer", "optimizer", "criterion", "data", "loss")
-_ADMM = (*TRAINING, "iterations", "training_epochs")
+_TRAINING = ("trainer", "optimizer", "criterion", "data", "loss")  # in the order of `course`
+_ADMM = (*_TRAINING, "iterations", "training_epochs")
 _ANNEALING = ("start_temperature", "stop_temperature", "cool_down_rate", "perturbation_magnitude")
 _SA = (*_ANNEALING, "trials", "evaluator", "base_algo", "finetune")
 _HIGHER = "an evaluator of which higher is better, such as one that returns minus a loss"
 _ENTRIES = "'rho' in the entries of the config list"
 FORMER = {
+    "experiment_data_dir": "folder=",
     "num_iterations": "total_iteration=",
     "optimize_mode": _HIGHER,
     "base_algo": "sa_params={'base_algo': ...}, the name of a criterion",
@@ -38,8 +39,6 @@ FORMER = {
     "training_epochs": "admm_params={'training_epochs': ...}, or finetune_epochs= for training after a round's removal",
     "row": _ENTRIES,
     "rho": _ENTRIES,
-    "dummy_input": "example_inputs=",
-    "experiment_data_dir": "folder=",
 }
 _FORMER_ADMM = {
     "evaluator": "trainer=, optimizer= and criterion=, or data=, loss= and optimizer=",
@@ -88,7 +87,7 @@ class Training:
         iterations = check_count(params.get("iterations", 30), "iterations", 1)
         epochs = check_count(params.get("training_epochs", 5), "training_epochs", 1)
         data = {"data": params.get("data"), "loss": params.get("loss")}
-        how = course(who, *(params.get(name) for name in TRAINING))
+        how = course(who, *(params.get(name) for name in _TRAINING))
         return cls(how, iterations, epochs, data if params.get("data") is not None else {})
 
     def seen_by(self, criterion: str | Criterion) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ present model ──▶ for every group, the fewest channels whose loss saves th
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,27 +23,25 @@ from graphprune.masks.channels import Masks, tensors_of
 from graphprune.masks.copying import copied
 from graphprune.pruners.budgets import first_met, keep_highest
 from graphprune.pruners.config import AMOUNTS
+from graphprune.pruners.options import FORMER_RUN
 from graphprune.runs.checkpoint import Run
 from graphprune.runs.progress import ticking
 from graphprune.search.base import SearchResult, said
 from graphprune.search.base import best as best_of
 from graphprune.search.measured import MeasuredCost
 from graphprune.search.objective import Constraint, Trial
-from graphprune.search.pruner import Mode, SearchPruner, require_constraints
+from graphprune.search.pruner import Mode, SearchOptions, SearchPruner, require_constraints
 from graphprune.search.scattering import filled, scattered
 from graphprune.sensitivity.bench import finite, same_random
 from graphprune.sensitivity.scoreboard import name_of
 from graphprune.speedup.speedup import speedup
 from graphprune.training.keeping import held
 from graphprune.training.packing import load, save
-from graphprune.training.session import refuse_former
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from typing_extensions import Unpack
-
-    from graphprune.pruners.base import Options
 
     Kept: TypeAlias = dict[str, NDArray[np.bool_]]
 
@@ -54,9 +51,8 @@ _HOW_MUCH = "Pass budget=, such as Budget(macs=0.5), or cost= and target=, or wr
 _HALVINGS = 40  # of a step that no group can save; after so many, no channel saves anything
 _ROUNDING = 1e-9  # relative; what a share such as 1 - 0.9 adds in its last bits
 _FORMER = {
-    "dummy_input": "example_inputs=",
-    "experiment_data_dir": "folder=",
-    "checkpoint_dir": "folder=",
+    **FORMER_RUN,
+    "finetune": "short_term_fine_tuner=, which is given every proposal",
     "keep_class": "nothing: the widths of other groups would change with those of one",
     "reconstruct": "short_term_fine_tuner=, which is given every proposal",
 }
@@ -109,39 +105,29 @@ class NetAdaptPruner(SearchPruner):
     names for the one that reads a layer's channels, and did not end where no layer could save a step.
 
     Args:
-        model: left bit-identical.
-        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
-            together; with `budget=` or `cost=`, entries say only which layers lose channels.
+        model, config_list, evaluator, optimize_mode: see `SearchPruner`; with `cost=`, entries say only which layers lose channels.
         short_term_fine_tuner: trains the shrunk copy in place; None trains nothing. Optimizers are made anew from its parameters.
-        evaluator: from a shrunk model to a number.
-        optimize_mode: "minimize" negates what the evaluator returns; scores in the history are then the negated ones.
-        base_algo: the criterion that says which channels of a group go first, asked anew in every iteration.
+        base_algo: see `SearchPruner`; the criterion is asked anew in every iteration.
         sparsity_per_iteration: the share of the whole cost that the first iteration saves, in (0, 1). What single channels save should be
             less: proposals are compared by their scores alone, which is fair where all save about as much.
 
     Keyword Args:
-        example_inputs: what the model is run on to find its groups.
         decay: what the step is multiplied with after every iteration, in (0, 1].
         cost: in place of a budget: from a shrunk model to what it costs, such as `graphprune.OnnxLatency`, its measured milliseconds; fewer
             channels should not cost more. It is asked once for every combination of widths that is looked at.
         target: of `cost`: what to come down to, in its unit. A run that is continued must be given the same number.
-        seed: of the random numbers that fine-tuning and evaluation see: the same for all proposals of one iteration.
-        folder: where the run is kept, proposal by proposal; one that was interrupted goes on there, with the same result.
-        progress: show a bar with scores, sparsity and time left; how many proposals there will be is an estimate.
-        physical: fine-tune and evaluate shrunk models; else masked ones, whose removed channels are held at zero.
-        max_sparsity: the largest share of its channels that a group may lose.
-        options: as of `Pruner`, `budget=` among them.
+        options: see `SearchOptions`, without keep_class, reconstruct and finetune. All proposals of one iteration see the same random
+            numbers; the bar's total is an estimate.
 
     Attributes:
-        objective: the groups, their limits and what must be met.
-        history: one `Trial` per proposal.
         steps: one `Step` per iteration.
         reason: why the search ended.
 
     Raises:
-        ConfigError: an argument is not usable, or the budget cannot be met.
-        InputError: there are no example inputs, or the model cannot run on them.
+        ConfigError, InputError: see `SearchPruner`.
     """
+
+    former = _FORMER
 
     def __init__(  # noqa: PLR0913 (the call shape of the seeds)
         self,
@@ -153,18 +139,11 @@ class NetAdaptPruner(SearchPruner):
         base_algo: str | Criterion = "l1",
         sparsity_per_iteration: float = 0.05,
         *,
-        example_inputs: object = None,
         decay: float = 1.0,
         cost: Callable[[nn.Module], float] | None = None,
         target: float | None = None,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | None = None,
-        progress: bool = False,
-        physical: bool = True,
-        max_sparsity: float = 0.95,
-        **options: Unpack[Options],
+        **options: Unpack[SearchOptions],
     ) -> None:
-        refuse_former(type(self).__name__, options, _FORMER)
         if not (0 < sparsity_per_iteration < 1 and 0 < decay <= 1):
             what = f"sparsity_per_iteration is {sparsity_per_iteration!r} and decay is {decay!r}"
             raise ConfigError(what, "Give a share in (0, 1), such as 0.05, and a factor in (0, 1]")
@@ -173,14 +152,12 @@ class NetAdaptPruner(SearchPruner):
             what = f"{type(self).__name__} is given {' and '.join(f'{n}=' for n, v in given.items() if v is not None)}"
             raise ConfigError(what, "Give either budget=, or cost= and target= (what to come down to)")
         places = config_list if cost is None else [{k: v for k, v in entry.items() if k not in AMOUNTS} for entry in config_list]
-        limits: dict[str, Any] = {"physical": physical, "max_sparsity": max_sparsity, **options}
-        super().__init__(model, places, evaluator, optimize_mode, example_inputs, base_algo, **limits)
+        super().__init__(model, places, evaluator, optimize_mode, base_algo, **options)
         self.finetune = short_term_fine_tuner
-        self.step, self.decay, self.seed = sparsity_per_iteration, decay, seed
+        self.step, self.decay = sparsity_per_iteration, decay
         self.history: tuple[Trial, ...] = ()
         self.steps: tuple[Step, ...] = ()
         self.reason = ""
-        self._folder, self._progress = folder, progress
         self._present = copied(model, {})
         self._kept: Kept = {n: np.ones(s.size, dtype=bool) for n, s in self.objective.scores.items()}
         self._versions: dict[str, tuple[Mapping[str, Tensor], Kept]] = {}  # "leader": the best of this iteration; "best": see `_best`

@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
 
 from graphprune.cost.count import Cost
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import criterion_named
 from graphprune.criteria.base import Criterion
-from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks
-from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.base import Pruner
 from graphprune.pruners.budgets import Budget, Ranking, keep_highest, kept_count, least_kept
 from graphprune.pruners.config import AMOUNTS, check_sparsity
+from graphprune.pruners.options import SeenOptions, check_names, showing_data, split
 from graphprune.pruners.requests import requests
 from graphprune.repair.rebuilding import Reconstruction
 from graphprune.runs.checkpoint import digest
@@ -37,7 +37,7 @@ from graphprune.speedup.speedup import speedup
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
     from typing_extensions import Unpack
 
     from graphprune.data.sources import Source
@@ -110,6 +110,27 @@ class Constraint:
         return self.cost({name: counts[name] for name in self.names})
 
 
+class _TrialOptions(TypedDict, total=False):
+    """How candidates are tried.
+
+    Attributes:
+        finetune: trains the shrunk copy in place, before it is evaluated.
+        reconstruct: batches, or a `graphprune.Reconstruction` with its options: layers that read channels that go are fitted to what they
+            computed before, by least squares, before a model is shrunk (see `graphprune.reconstruct`). It takes time with every trial.
+        physical: evaluate shrunk models (the default); else masked ones, of the original shapes, masked again after fine-tuning.
+        max_sparsity: the largest share of its channels that a group may lose, in [0, 1), by default 0.95; entries may say less.
+    """
+
+    finetune: Callable[[nn.Module], object] | None
+    reconstruct: Reconstruction | Iterable[Any] | Source | None
+    physical: bool
+    max_sparsity: float
+
+
+class ObjectiveOptions(_TrialOptions, SeenOptions, total=False):
+    """What an `Objective` takes; of `SeenOptions`, the data is for criteria that look at data, and the mode is no ranking of all groups."""
+
+
 class Objective:
     """Scores models whose groups have lost given shares of their channels.
 
@@ -119,18 +140,10 @@ class Objective:
         evaluator: from a model in evaluation mode to a number, higher = better. It is given a copy of its own.
 
     Keyword Args:
-        budget: a fraction of the MACs or parameters that must go (one of the options of `Pruner`).
         criterion: says which channels go first: the name of one, or one.
         config_list: which layers lose channels; by default, all that can. Without a budget, the sparsities of its entries are each that
             of all channels of the entry together, and must be met; without any, every point is admissible.
-        finetune: trains the shrunk copy in place, before it is evaluated.
-        data: batches for criteria that look at data, see `graphprune.prune`.
-        loss: of the data, likewise.
-        reconstruct: batches, or a `graphprune.Reconstruction` with its options: layers that read channels that go are fitted to what they
-            computed before, by least squares, before a model is shrunk (see `graphprune.reconstruct`). It takes time with every trial.
-        physical: evaluate shrunk models; else masked ones, of the original shapes, masked again after fine-tuning.
-        max_sparsity: the largest share of its channels that a group may lose, in [0, 1); entries may say less.
-        options: as of `Pruner`.
+        options: see `ObjectiveOptions`.
 
     Attributes:
         model: the model.
@@ -145,7 +158,7 @@ class Objective:
         InputError: the model cannot run on the example inputs.
     """
 
-    def __init__(  # noqa: PLR0913 (what is searched, how it is scored, and the options of a pruner)
+    def __init__(
         self,
         model: nn.Module,
         example_inputs: object,
@@ -153,29 +166,23 @@ class Objective:
         *,
         criterion: str | Criterion = "l1",
         config_list: Sequence[Mapping[str, Any]] | None = None,
-        finetune: Callable[[nn.Module], object] | None = None,
-        data: Iterable[Any] | None = None,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        reconstruct: Reconstruction | Iterable[Any] | Source | None = None,
-        physical: bool = True,
-        max_sparsity: float = 0.95,
-        **options: Unpack[Options],
+        **options: Unpack[ObjectiveOptions],
     ) -> None:
-        check_sparsity(max_sparsity, "max_sparsity")
+        check_names(type(self), options, ObjectiveOptions)
+        own, others = split(options, _TrialOptions)
+        max_sparsity = check_sparsity(own.get("max_sparsity", 0.95), "max_sparsity")
         if options.get("mode") in ("normal", "global"):
             raise ConfigError(f"mode is {options['mode']!r}, but a search decides on every group by itself", "Leave mode= out")
-        options.setdefault("mode", "dependency_aware")
         chosen = criterion_named(criterion)
-        if data is not None:
-            options["source"] = source(data=data, loss=loss, who=f"criterion {type(chosen).__name__}")
         budget = options.get("budget")
         entries = list(config_list) if config_list is not None else [{"op_types": ["default"]}]
         self._asked = budget is None and any(key in AMOUNTS for entry in entries for key in entry)
         somewhere = budget or (None if self._asked else Budget(macs=0.5))  # with any budget, entries say where and not how much
-        self.pruner = Pruner(model, entries, chosen, example_inputs, **cast("Options", {**options, "budget": somewhere}))
+        given = {"mode": "dependency_aware", **showing_data(others, chosen), "budget": somewhere}
+        self.pruner = Pruner(model, entries, chosen, example_inputs, **given)
         self.model, self.graph, self.budget = model, self.pruner.graph, budget
-        self.evaluator, self.finetune, self.physical = evaluator, finetune, physical
-        self.reconstruct = None if reconstruct is None else Reconstruction.of(reconstruct)
+        self.evaluator, self.finetune, self.physical = evaluator, own.get("finetune"), own.get("physical", True)
+        self.reconstruct = None if own.get("reconstruct") is None else Reconstruction.of(own["reconstruct"])
         scored = self.pruner.scored()
         self.scores = scored.groups
         found = requests(self.graph, self.pruner.config, self.pruner.cut, self.pruner.selectable, together=True)

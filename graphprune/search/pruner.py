@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 from graphprune.criteria.base import Criterion
 from graphprune.errors import ConfigError
-from graphprune.search.objective import Constraint, Objective, Trial
+from graphprune.pruners.options import InputOptions, RunOptions, check_evaluator, check_names, split
+from graphprune.search.objective import Constraint, Objective, ObjectiveOptions, Trial
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack
 
     from graphprune.masks.channels import Masks
     from graphprune.search.base import SearchResult
@@ -20,22 +22,36 @@ Mode: TypeAlias = Literal["maximize", "minimize"]
 _HOW_MUCH = "Pass budget=, such as Budget(macs=0.5), or write a 'total_sparsity'"
 
 
+class SearchOptions(ObjectiveOptions, InputOptions, RunOptions, total=False):
+    """What pruners take that search.
+
+    Attributes:
+        seed: of the search, and of the random numbers that each evaluation sees, by default 0; the same seed gives the same result if the
+            evaluator is deterministic.
+    """
+
+    seed: int
+
+
 class SearchPruner(ABC):
     """A pruner that evaluates many models and keeps the best.
 
     Args:
         model: left bit-identical.
-        config_list: which layers lose channels, see `Objective`.
+        config_list: entries as in the seeds, see `pruners.config`. A "sparsity" or "total_sparsity" is that of all channels of its entry
+            together; with `budget=`, entries say only which layers lose channels.
         evaluator: from a shrunk model to a number.
-        optimize_mode: "minimize" negates what the evaluator returns.
-        example_inputs: what the model is run on to find its groups.
-        base_algo: the criterion that says which channels go first.
-        options: further arguments of `Objective`.
+        optimize_mode: "minimize" negates what the evaluator returns; scores in the history are then the negated ones.
+        base_algo: the criterion that says which channels go first: the name of one, or one.
+        options: see `SearchOptions`.
 
     Attributes:
         model: the user's.
         objective: what is searched; its scores are higher for better models.
         mode: the optimize_mode.
+        history: one `Trial` per evaluation, in order.
+        best: the best trial.
+        last: the last one.
 
     Raises:
         ConfigError: an argument is not usable, or the budget cannot be met.
@@ -43,6 +59,8 @@ class SearchPruner(ABC):
     """
 
     _result: SearchResult | None = None
+    former: ClassVar[Mapping[str, str]] = {}  # name of an argument that there is not -> what to write, see `check_names`
+    positions: ClassVar[Sequence[str]] = ()  # what comes in NNI behind the positional arguments
 
     def __init__(
         self,
@@ -50,19 +68,22 @@ class SearchPruner(ABC):
         config_list: Sequence[Mapping[str, Any]],
         evaluator: Callable[[nn.Module], float],
         optimize_mode: Mode,
-        example_inputs: object,
         base_algo: str | Criterion,
-        **options: Any,
+        *surplus: object,
+        **options: Unpack[SearchOptions],
     ) -> None:
+        who = type(self).__name__
+        check_names(type(self), options, SearchOptions, self.former, surplus, self.positions)
         if optimize_mode not in get_args(Mode):
             raise ConfigError(f"optimize_mode is {optimize_mode!r}", "Use 'maximize' or 'minimize'")
-        given: object = evaluator  # None for a search that is over, or that only allocates
-        if given is not None and not callable(given):
-            what = f"evaluator of {type(self).__name__} is a {type(given).__name__}"
-            raise ConfigError(what, "Pass a function from a model to its score; finetune= says how to train")
+        check_evaluator(who, evaluator)
+        run, others = split(options, RunOptions)
+        self.seed, self._folder, self._progress = others.pop("seed", 0), run.get("folder"), run.get("progress", False)
         scored = evaluator if optimize_mode == "maximize" else (lambda small: -evaluator(small))
         self.model, self.mode = model, optimize_mode
-        self.objective = Objective(model, example_inputs, scored, criterion=base_algo, config_list=config_list, **options)
+        given: dict[str, Any] = {"example_inputs": None, **others, "criterion": base_algo, "config_list": config_list}
+        self.objective = Objective(model, evaluator=scored, **given)
+        self._result: SearchResult | None = None
 
     def search(self) -> SearchResult:
         """Returns the trials; runs them on the first call, or those that are missing in the folder.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
@@ -14,26 +14,28 @@ import numpy as np
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import criterion_named
 from graphprune.criteria.base import Criterion
-from graphprune.data.sources import source
 from graphprune.errors import ConfigError, nearest
 from graphprune.masks.channels import Masks, tensors_of
 from graphprune.masks.copying import copied
-from graphprune.pruners.base import Options, Pruner
-from graphprune.pruners.budgets import Budget, Ranking, kept_count
+from graphprune.pruners.base import Pruner
+from graphprune.pruners.budgets import Ranking, kept_count
 from graphprune.pruners.config import AMOUNTS, check_sparsity
+from graphprune.pruners.options import FORMER_RUN, InputOptions, Options, check_evaluator, check_names, showing_data, split
 from graphprune.pruners.thresholds import reaching_threshold
 from graphprune.runs.checkpoint import Run, digest
 from graphprune.sensitivity.bench import Bench, Evaluator
 from graphprune.sensitivity.curves import last_admissible
 from graphprune.sensitivity.scoreboard import name_of
-from graphprune.sensitivity.sensitivity import SPARSITIES, Asked, Progress, Subject, analysed, places
+from graphprune.sensitivity.sensitivity import AnalysisOptions, Asked, EvaluationOptions, Subject, analysed, places
 from graphprune.training.keeping import held
 from graphprune.training.packing import load, save
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
+    from typing_extensions import Unpack
 
+    from graphprune.groups.graph import DependencyGraph
     from graphprune.masks.elements import ElementMasks
 
 SensitivityMode: TypeAlias = Literal["greedy", "threshold"]
@@ -42,7 +44,7 @@ MAX_RATIO = 0.95  # of what a group has left, the most that it loses in one roun
 _KIND = "sensitivity-pruner"
 _ROUNDING = 1e-9  # relative; what a share such as 1 - 0.9 adds in its last bits
 _REFUSED = {
-    "checkpoint_dir": "Write folder=",
+    **FORMER_RUN,
     "keep_class": "Leave it out: the widths of other groups would change with those of one",
 }
 
@@ -76,6 +78,10 @@ class Round:
     seconds: float = field(compare=False)
 
 
+class SensitivityOptions(AnalysisOptions, InputOptions, total=False):
+    """What `SensitivityPruner` takes by keyword."""
+
+
 class SensitivityPruner:
     """Prunes groups in proportion to what each can lose by itself, a little at a time, and looks again after every round.
 
@@ -101,16 +107,15 @@ class SensitivityPruner:
         folder: where rounds and scores are kept; a run that was interrupted goes on there. None keeps nothing.
 
     Keyword Args:
-        example_inputs: what the model is run on to find its groups, see `Pruner`.
         mode: see above.
-        budget: a fraction of the MACs or parameters to remove, in place of the amounts of the config list.
-        sparsities: at which each group is measured.
-        physical, processes, progress, name, seed, data, loss: see `sensitivity`.
-        options: as of `Pruner`, without mode and keep_class.
+        options: see `SensitivityOptions`; a budget stands in the place of the amounts of the config list. Mode "threshold" heeds
+            `example_inputs` alone.
 
     Attributes:
-        history: the rounds.
-        reason: why the loop ended.
+        graph: the groups; mode "threshold" has none.
+        target: the share of the weights, or of the budget's unit, that is to go; mode "threshold" has none.
+        history: the rounds so far.
+        reason: why the loop ended, "" before it has.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -129,51 +134,70 @@ class SensitivityPruner:
         acc_drop_threshold: float = 0.05,
         folder: str | os.PathLike[str] | None = None,
         *,
-        example_inputs: object = None,
         mode: SensitivityMode = "greedy",
-        budget: Budget | None = None,
-        sparsities: Iterable[float] = SPARSITIES,
-        physical: bool = True,
-        processes: int = 1,
-        progress: bool | Progress = False,
-        name: str | None = None,
-        seed: int = 0,
-        data: Iterable[Any] | None = None,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        **options: Any,
+        **options: Unpack[SensitivityOptions],
     ) -> None:
+        if mode not in get_args(SensitivityMode):
+            raise ConfigError(f"mode is {mode!r}", nearest(str(mode), get_args(SensitivityMode)) or "Use 'greedy' or 'threshold'")
+        check_names(type(self), options, SensitivityOptions, _REFUSED)
+        own, others = split(options, EvaluationOptions)
         self.model, self.config_list, self.mode, self.folder = model, config_list, mode, folder
         self.evaluator, self.finetuner = evaluator, finetuner
         self.calc: Proportions = sparsity_proportion_calc or last_admissible
         self.history: tuple[Round, ...] = ()
         self.reason = ""
-        if mode not in get_args(SensitivityMode):
-            raise ConfigError(f"mode is {mode!r}", nearest(str(mode), get_args(SensitivityMode)) or "Use 'greedy' or 'threshold'")
-        for option, fix in _REFUSED.items():
-            if option in options:
-                raise ConfigError(f"SensitivityPruner has no argument {option}=", fix)
-        if mode == "threshold":
-            reaching_threshold(model, config_list)  # says what is wrong with the config list
-            return
-        if evaluator is None:
-            raise ConfigError("SensitivityPruner has no evaluator", "Pass evaluator=, a function from a model to its score")
+        self.budget = options.get("budget")
         self.step = check_sparsity(sparsity_per_iter, "sparsity_per_iter")
         self.threshold = float(acc_drop_threshold)
         if self.step == 0.0 or not self.threshold >= 0.0:
             what = f"sparsity_per_iter is {sparsity_per_iter!r} and acc_drop_threshold is {acc_drop_threshold!r}"
             raise ConfigError(what, "Give a share above 0, and a drop of at least 0")
         self.criterion = criterion_named(base_algo)
-        if data is not None:
-            options["source"] = source(data=data, loss=loss, who=f"criterion {type(self.criterion).__name__}")
         stop = self.threshold if sparsity_proportion_calc is None else None  # a user's function is shown all of the curves
-        self.asked = Asked(tuple(sparsities), stop, folder, processes, progress, physical, name or name_of(evaluator), seed)
-        self.options = cast("Options", {**options, "budget": budget, "mode": "dependency_aware"})
-        self.graph = Pruner(model, config_list, self.criterion, example_inputs, **self.options).graph
-        self.options["graph"] = self.graph
-        self.budget, self.target = budget, budget.removed if budget is not None else _target(config_list)
-        self._forecast = Forecast(model, self.graph)
+        self.asked = Asked.of(own, evaluator, stop, folder)
+        self.options = cast("Options", {**showing_data(others, self.criterion), "mode": "dependency_aware"})
         self._kept: dict[str, NDArray[np.bool_]] = {}
         self._present = model
+        self._groups: tuple[DependencyGraph, Forecast, float] | None = None
+        if mode == "threshold":
+            self._elements()  # says what is wrong with the config list or the example inputs
+            return
+        check_evaluator(type(self).__name__, evaluator, "finetuner= says how to train")
+        if evaluator is None:
+            raise ConfigError("SensitivityPruner has no evaluator", "Pass evaluator=, a function from a model to its score")
+        graph = Pruner(model, config_list, self.criterion, **self.options).graph
+        self.options = cast("Options", {**split(self.options, InputOptions)[1], "graph": graph})
+        target = self.budget.removed if self.budget is not None else _target(config_list)
+        self._groups = (graph, Forecast(model, graph), target)
+
+    @property
+    def graph(self) -> DependencyGraph:
+        """The model's graph.
+
+        Raises:
+            ConfigError: mode "threshold" has none.
+        """
+        return self._known[0]
+
+    @property
+    def target(self) -> float:
+        """The share of the weights, or of the budget's unit, that is to go.
+
+        Raises:
+            ConfigError: mode "threshold" has none.
+        """
+        return self._known[2]
+
+    @property
+    def _known(self) -> tuple[DependencyGraph, Forecast, float]:
+        """The graph, what forecasts costs by it, and the target."""
+        if self._groups is None:
+            what = "SensitivityPruner in mode 'threshold' masks single weights layer by layer, and knows neither groups nor one target"
+            raise ConfigError(what, "Write mode='greedy' to prune groups")
+        return self._groups
+
+    def _elements(self) -> ElementMasks:
+        return reaching_threshold(self.model, self.config_list, example_inputs=split(self.options, InputOptions)[0].get("example_inputs"))
 
     # -- results -----------------------------------------------------------------------------------------------------------------
 
@@ -187,7 +211,7 @@ class SensitivityPruner:
             FileError: the folder holds a run with other settings, or cannot be written.
         """
         if self.mode == "threshold":
-            elements = reaching_threshold(self.model, self.config_list)
+            elements = self._elements()
             return elements.masked(self.model), elements
         if not self.reason:
             self._run()
@@ -247,7 +271,7 @@ class SensitivityPruner:
             with held(self._present, masks):
                 self.finetuner(self._present)
         score = bench(self._kept)[0] if self.finetuner is not None else pruned
-        cost = self._forecast.cost(self._kept)
+        cost = self._known[1].cost(self._kept)
         sparsities = {n: (mask.size - counts[n]) / mask.size for n, mask in self._kept.items()}
         taken = (ratios, sparsities, self._removed(counts), found.dense, pruned, score, cost.params, cost.macs)
         self.history = (*self.history, Round(len(self.history) + 1, *taken, time.perf_counter() - start))
@@ -286,7 +310,7 @@ class SensitivityPruner:
         """Returns the weights (parameters, MACs) that are left with these counts, or those of the whole."""
         if self.budget is not None:
             kept = {n: np.arange(self._kept[n].size) < k for n, k in counts.items() if not whole}
-            return float(getattr(self._forecast.cost(kept) if kept else self._forecast.dense, self.budget.unit))
+            return float(getattr(self._known[1].cost(kept) if kept else self._known[1].dense, self.budget.unit))
         return float(sum(self.graph.elements(n) * (self._kept[n].size if whole else k) for n, k in counts.items()))
 
     def _settings(self, subject: Subject) -> dict[str, Any]:

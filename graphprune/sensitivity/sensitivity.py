@@ -12,19 +12,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 
 from graphprune.cost.predict import Forecast
 from graphprune.criteria import criterion_named
 from graphprune.criteria.base import Criterion
-from graphprune.data.sources import source
 from graphprune.errors import ConfigError
 from graphprune.masks.channels import tensors_of
-from graphprune.pruners.base import Options, Pruner
+from graphprune.pruners.base import Pruner
 from graphprune.pruners.budgets import keep_highest, kept_count, least_kept
 from graphprune.pruners.config import AMOUNTS, check_sparsity
+from graphprune.pruners.options import DataOptions, GroupOptions, check_names, showing_data, split
 from graphprune.pruners.requests import requests
 from graphprune.runs.checkpoint import digest
 from graphprune.runs.progress import Tick, ticking
@@ -35,37 +35,54 @@ from graphprune.training.session import check_count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
     from typing_extensions import Unpack
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Progress: TypeAlias = Callable[[str, int, int], None]  # is told the stage, the steps done and the steps in total
 _STAGE = "sensitivity"
 _REFUSED = {
-    "mode": "an analysis prunes one group at a time",
-    "budget": "an analysis says what could go, and asks for nothing",
-    "keep_class": "the widths of other groups would change with those of one",
+    "mode": "Leave it out: an analysis prunes one group at a time",
+    "budget": "Leave it out: an analysis says what could go, and asks for nothing",
+    "keep_class": "Leave it out: the widths of other groups would change with those of one",
 }
 
 
-def sensitivity(  # noqa: PLR0913 (what is analysed, how it is scored, where it is kept, and the options of a pruner)
+class EvaluationOptions(TypedDict, total=False):
+    """How groups are evaluated.
+
+    Attributes:
+        sparsities: shares of a group's channels that go, in (0, 1), by default `SPARSITIES`.
+        processes: how many evaluate at once, by default 1. With more, the model and the evaluator are sent to others, which start with the
+            imports of the script anew: they must be picklable, and the script guarded by ``if __name__ == "__main__":``.
+        progress: show a bar on stderr, where that is a terminal; or a function that is told the stage, the steps done and all steps.
+        physical: evaluate shrunk models (the default); else masked ones, of the original shapes.
+        name: of the evaluator and its data, for scores in the folder; by default the name of the function. Change it with the data.
+        seed: of the random numbers that each evaluation sees, by default 0.
+    """
+
+    sparsities: Iterable[float]
+    processes: int
+    progress: bool | Progress
+    physical: bool
+    name: str | None
+    seed: int
+
+
+class AnalysisOptions(EvaluationOptions, GroupOptions, DataOptions, total=False):
+    """What a sensitivity analysis takes; of the options of `Pruner`, all but mode, budget and keep_class."""
+
+
+def sensitivity(
     model: nn.Module,
     example_inputs: object,
     evaluator: Evaluator,
     *,
-    sparsities: Iterable[float] = SPARSITIES,
     criterion: str | Criterion = "l1",
     config_list: Sequence[Mapping[str, Any]] | None = None,
     early_stop: float | None = None,
     folder: str | os.PathLike[str] | None = None,
-    processes: int = 1,
-    progress: bool | Progress = False,
-    physical: bool = True,
-    name: str | None = None,
-    seed: int = 0,
-    data: Iterable[Any] | None = None,
-    loss: Callable[[Any, Any], Tensor] | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[AnalysisOptions],
 ) -> Sensitivity:
     """Returns how the score falls when one group of channels alone is pruned, for every group and sparsity.
 
@@ -77,36 +94,24 @@ def sensitivity(  # noqa: PLR0913 (what is analysed, how it is scored, where it 
         model: left bit-identical; the evaluator is given copies.
         example_inputs: what the model is run on to find its groups, see `Pruner`.
         evaluator: from a model in evaluation mode to a finite number, higher = better. Random numbers start anew for every evaluation.
-        sparsities: shares of a group's channels that go, in (0, 1).
         criterion: says which channels go first: the name of one, or one.
         config_list: which layers are looked at, and the most that each may lose; amounts in it are not. By default, all layers.
         early_stop: no higher sparsity of a group is evaluated once the score has dropped by more than this.
         folder: where scores are kept; None keeps nothing.
-        processes: how many evaluate at once. With more than one, the model and the evaluator are sent to others, which start with the
-            imports of the script anew: they must be picklable, and the script guarded by ``if __name__ == "__main__":``.
-        progress: show a bar on stderr, where that is a terminal; or a function that is told the stage, the steps done and all steps.
-        physical: evaluate shrunk models; else masked ones, of the original shapes.
-        name: of the evaluator and its data, for scores in the folder; by default the name of the function. Change it with the data.
-        seed: of the random numbers that each evaluation sees.
-        data: batches for criteria that look at data, see `graphprune.prune`.
-        loss: of the data, likewise.
-        options: as of `Pruner`, without mode, budget and keep_class.
+        options: see `AnalysisOptions`.
 
     Raises:
         ConfigError: an argument is not usable, the evaluator returns no finite number, or cannot be sent to another process.
         InputError: the model cannot run on the example inputs.
         FileError: the folder cannot be written.
     """
-    asked = Asked(tuple(sparsities), early_stop, folder, processes, progress, physical, name or name_of(evaluator), seed)
-    for option, why in _REFUSED.items():
-        if option in options:
-            raise ConfigError(f"sensitivity is given {option}=, but {why}", "Leave it out")
+    check_names(sensitivity, options, AnalysisOptions, _REFUSED)
+    own, others = split(options, EvaluationOptions)
+    asked = Asked.of(own, evaluator, early_stop, folder)
     chosen = criterion_named(criterion)
-    if data is not None:
-        options["source"] = source(data=data, loss=loss, who=f"criterion {type(chosen).__name__}")
-    options["mode"] = "dependency_aware"
     entries = places(config_list if config_list is not None else [{"op_types": ["default"]}])
-    return analysed(model, Subject.of(Pruner(model, entries, chosen, example_inputs, **options)), evaluator, asked)
+    given: dict[str, Any] = {"mode": "dependency_aware", **showing_data(others, chosen)}
+    return analysed(model, Subject.of(Pruner(model, entries, chosen, example_inputs, **given)), evaluator, asked)
 
 
 def places(config_list: Any) -> Any:
@@ -136,6 +141,15 @@ class Asked:
     physical: bool
     name: str
     seed: int
+
+    @classmethod
+    def of(
+        cls, given: Mapping[str, Any], evaluator: Evaluator | None, early_stop: float | None, folder: str | os.PathLike[str] | None
+    ) -> Asked:
+        """Returns what `EvaluationOptions` ask for."""
+        name = given.get("name") or name_of(evaluator)
+        counts = (folder, given.get("processes", 1), given.get("progress", False), given.get("physical", True), name)
+        return cls(tuple(given.get("sparsities", SPARSITIES)), early_stop, *counts, given.get("seed", 0))
 
     def __post_init__(self) -> None:
         found = sorted({check_sparsity(value, f"sparsities[{index}]") for index, value in enumerate(self.sparsities)})

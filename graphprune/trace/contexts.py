@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from graphprune.torch_private import AutoDispatchBelowAutograd, DisableTorchFunction
+from graphprune.torch_private import AutoDispatchBelowAutograd, DisableTorchFunction, TorchDispatchMode
+from graphprune.trace.inputs import tensors_in
 
 
 @contextmanager
@@ -86,3 +87,21 @@ def values_taken(note: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]
                 delattr(kind, name)
             else:
                 setattr(kind, name, own)
+
+
+@contextmanager
+def tensors_read() -> Iterator[set[int]]:
+    """Gives a set that holds, when the block is left, the ids of all tensors that operators were given in it."""
+    with _Reading() as reading:
+        yield reading.read
+
+
+class _Reading(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch left it without annotations
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator and notes what it was given."""
+        self.read.update(map(id, tensors_in((args, kwargs))))
+        return func(*args, **(kwargs or {}))

@@ -31,7 +31,7 @@ MakeScheduler: TypeAlias = "Callable[[Optimizer], torch.optim.lr_scheduler.LRSch
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train, in the user's words; see the arguments of the pruners of the same names."""
+    """How to train, in the user's words; see `graphprune.schedules.rounds.RoundsOptions`."""
 
     finetune: Finetune | None = None
     trainer: Any = None

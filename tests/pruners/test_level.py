@@ -354,6 +354,39 @@ def test_config_lists_that_cannot_be_used_are_refused(config: Any, words: str) -
         gp.LevelPruner(residual()[0], config)
 
 
+class _Spare(nn.Module):
+    """Two layers, of which the second waits for a training that never comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 4)
+        self.spare = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Uses the first."""
+        result: torch.Tensor = self.norm(self.spare(x) if self.training else self.used(x))
+        return result
+
+
+@pytest.mark.parametrize("amount", ["sparsity", "total_sparsity"])
+def test_example_inputs_say_which_weights_are_read(amount: str) -> None:
+    """Weights that the model does not read stay, and are no part of a ranking; the model is as it was."""
+    model, x = _Spare().train(), torch.randn(3, 4)
+    nn.init.zeros_(model.spare.weight)
+    before = snapshot(model)
+    pruner = gp.LevelPruner(model, [{amount: 0.5}], example_inputs=x)
+    masks = pruner.masks()
+    assert changes(before, snapshot(model)) == []
+    assert (int(masks["used.weight"].sum()), int(masks["spare.weight"].sum())) == (8, 16)
+    assert "not read by the model" in pruner.achieved["spare"].reason
+    assert pruner.achieved["used"].reason == ""
+    without = gp.LevelPruner(model, [{amount: 0.5}]).masks()
+    assert int(without["spare.weight"].sum()) < 16
+    with pytest.raises(gp.InputError, match=r"_Spare cannot be run on .*Pass example inputs of the shapes"):
+        gp.LevelPruner(model, [{amount: 0.5}], example_inputs=torch.randn(3, 5))
+
+
 def test_models_that_cannot_be_used_are_refused() -> None:
     """No weights, weights without values or shapes, and weights that are not finite are each one clear error."""
     with pytest.raises(gp.ConfigError, match="no layer that has a weight of two or more dimensions"):

@@ -239,6 +239,44 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
         gp.SensitivityPruner(Chain(), other, Mass(), Training(), **options).compress()
 
 
+# -- what there is from the start ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["greedy", "threshold"])
+def test_nothing_appears_only_later(mode: Any) -> None:
+    """All attributes are there once the pruner is made, and none comes with a call."""
+    given: dict[str, Any] = {"evaluator": Mass(), "example_inputs": INPUTS, "acc_drop_threshold": 100.0} if mode == "greedy" else {}
+    made = gp.SensitivityPruner(Chain(), HALF, mode=mode, **given)
+    assert (made.history, made.reason, made.best, made.last, made.step, made.budget) == ((), "", None, None, 0.1, None)
+    assert made.threshold == given.get("acc_drop_threshold", 0.05)
+    assert made.asked.sparsities == SPARSITIES
+    assert made.options["mode"] == "dependency_aware"
+    before = set(vars(made))
+    made.compress()
+    assert set(vars(made)) == before
+
+
+def test_what_a_mode_does_not_have_says_so() -> None:
+    """Mode "threshold" has neither groups nor a target, and says how to get them."""
+    made = gp.SensitivityPruner(Chain(), HALF, mode="threshold")
+    for name in ("graph", "target"):
+        with pytest.raises(gp.ConfigError, match=r"mode 'threshold' masks single weights .*Write mode='greedy' to prune groups"):
+            getattr(made, name)
+    greedy = gp.SensitivityPruner(Chain(), HALF, Mass(), example_inputs=INPUTS)
+    assert (greedy.target, {g.name for g in greedy.graph.groups}) == (0.5, set(WIDTHS))
+
+
+def test_example_inputs_of_the_threshold_are_checked() -> None:
+    """Thresholds need no example inputs, and those that are given must fit."""
+    _, masks = gp.SensitivityPruner(Chain(), HALF, mode="threshold", example_inputs=INPUTS).compress()
+    expected = gp.SensitivityPruner(Chain(), HALF, mode="threshold").compress()[1]
+    assert isinstance(masks, gp.ElementMasks)
+    assert isinstance(expected, gp.ElementMasks)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    with pytest.raises(gp.InputError, match="Pass example inputs of the shapes"):
+        gp.SensitivityPruner(Chain(), HALF, mode="threshold", example_inputs=torch.zeros(1, 99))
+
+
 # -- the threshold ---------------------------------------------------------------------------------------------------------------
 
 
