@@ -14,7 +14,7 @@ averaged behind every epoch, so that all end with one and the same model. All mu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -100,29 +100,6 @@ def check_count(value: object, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} is {value!r}", f"Pass a whole number of at least {least}")
     return value
-
-
-def refuse_former(
-    who: str, given: Iterable[str], former: Mapping[str, str], surplus: Sequence[object] = (), order: Sequence[str] = ()
-) -> None:
-    """Raises where an argument has another name, or another meaning, than in the pruners that the seeds describe.
-
-    Args:
-        who: the pruner.
-        given: names of its further keyword arguments.
-        former: name of an argument that it does not have -> what to write instead.
-        surplus: positional arguments behind those that it takes.
-        order: what they were there.
-
-    Raises:
-        ConfigError: one of them is given.
-    """
-    for name in (*order[: len(surplus)], *given):
-        if name in former:
-            raise ConfigError(f"{who} has no argument {name}=", f"Write {former[name]}")
-    if surplus:
-        what = f"{who} is given {len(surplus)} positional argument{'s' * (len(surplus) > 1)} more than it takes"
-        raise ConfigError(what, "Write options by name")
 
 
 def refuse_evaluator(who: str, trainer: object) -> None:
