@@ -69,3 +69,34 @@ def test_every_option_is_described_once() -> None:
     texts = "".join(record.__doc__ for record in records)
     names = {name for record in records for name in record.__annotations__}
     assert {name: texts.count(f"\n        {name}: ") for name in names} == dict.fromkeys(names, 1)
+
+
+def test_functions_suggest_the_nearest_name_too() -> None:
+    """What takes the same options without being a pruner checks them alike, its own parameters included."""
+    model, x = residual()
+    with pytest.raises(gp.ConfigError, match="prune has no argument sparsty=; did you mean 'sparsity'"):
+        gp.prune(model, x, sparsty=0.5)  # type: ignore[call-arg]  # misspelt on purpose
+    with pytest.raises(gp.ConfigError, match="Objective has no argument max_sparsty=; did you mean 'max_sparsity'"):
+        gp.Objective(model, x, lambda _: 0.0, max_sparsty=0.5)  # type: ignore[call-arg]  # likewise
+    with pytest.raises(gp.ConfigError, match="sensitivity has no argument proceses=; did you mean 'processes'"):
+        gp.sensitivity(model, x, lambda _: 0.0, proceses=2)  # type: ignore[call-arg]  # likewise
+    with pytest.raises(gp.ConfigError, match=r"sensitivity has no argument mode=. Leave it out: an analysis prunes one group at a time"):
+        gp.sensitivity(model, x, lambda _: 0.0, mode="global")  # type: ignore[call-arg]  # likewise
+
+
+def test_names_are_suggested_and_former_ones_explained() -> None:
+    """A sentence is said as it is, anything else after "Write"; where nothing is near, all options are listed."""
+
+    def caller(model: object, *, sparsity: float) -> None:
+        del model, sparsity
+
+    options.check_names(caller, ["data", "loss"], options.DataOptions)
+    for name, fix in (("dta", "; did you mean 'data'"), ("zzz", "Use data, loss"), ("old", "Write new="), ("gone", "Leave it out")):
+        with pytest.raises(gp.ConfigError, match=f"caller has no argument {name}={fix if fix[0] == ';' else f'. {fix}'}"):
+            options.check_names(caller, [name], options.DataOptions, {"old": "new=", "gone": "Leave it out"})
+    with pytest.raises(gp.ConfigError, match=r"caller has no argument data=. Write nothing"):
+        options.check_names(caller, ["data"], options.DataOptions, {"data": "nothing"})
+    with pytest.raises(gp.ConfigError, match=r"caller is given 2 positional arguments more than it takes. Write options by name"):
+        options.check_names(caller, [], options.DataOptions, surplus=(1, 2))
+    with pytest.raises(gp.ConfigError, match=r"caller has no argument old=. Write new="):
+        options.check_names(caller, [], options.DataOptions, {"old": "new="}, surplus=(1,), order=("old",))
