@@ -155,14 +155,38 @@ def macs_of(program: Program) -> int | None:
         if not is_operator(node.target):
             continue
         formula = FORMULAS.get(name_of(node.target))
-        if formula is None or not _covers(node):
-            if may_multiply(node.target):
-                return None
+        if formula is None and not may_multiply(node.target):
             continue
         arguments = named_arguments(node.target, node.args, node.kwargs)
+        if formula is None or not _covers(node.target, arguments):
+            return None
         dims = formula({name: _shaped(a) for name, a in arguments.items()}, _shaped(node))
         total += sum(math.prod(value.shape[d] for value, d in product) for product in dims)
     return total
+
+
+class MacCounter:
+    """Counts the MACs of operators as they run, by the same formulas.
+
+    Attributes:
+        macs: of the operators until now; None once one was met that no formula covers.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing."""
+        self.macs: int | None = 0
+
+    def __call__(self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Counts an operator, given its arguments and its result."""
+        formula = FORMULAS.get(name_of(target))
+        if self.macs is None or (formula is None and not may_multiply(target)):
+            return
+        arguments = named_arguments(target, args, kwargs)
+        if formula is None or not _covers(target, arguments):
+            self.macs = None
+            return
+        dims = formula(arguments, result[0] if isinstance(result, (list, tuple)) else result)
+        self.macs += sum(math.prod(tensor.shape[d] for tensor, d in product) for product in dims)
 
 
 def _shaped(argument: Any) -> Any:
@@ -175,10 +199,9 @@ def _shaped(argument: Any) -> Any:
     return argument
 
 
-def _covers(node: fx.Node) -> bool:
+def _covers(target: OpOverload, arguments: dict[str, Any]) -> bool:
     """Returns whether the formula of an operator holds for a call of it: that of `einsum` is one for two operands."""
-    target: Any = node.target
-    return name_of(target) != "aten::einsum" or len(named_arguments(target, node.args, node.kwargs)["tensors"]) < 3
+    return name_of(target) != "aten::einsum" or len(arguments["tensors"]) < 3
 
 
 @cache

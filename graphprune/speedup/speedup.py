@@ -14,7 +14,7 @@ from torch import nn
 
 from graphprune.cost.count import Cost, count
 from graphprune.cost.predict import macs_of
-from graphprune.errors import GraphPruneError, MaskError, VerificationError
+from graphprune.errors import MaskError, VerificationError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks, checked_tensors
 from graphprune.masks.elements import ElementMasks
@@ -31,7 +31,7 @@ from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shr
 from graphprune.trace.caches import caches, clear
 from graphprune.trace.inputs import Inputs, normalise
 from graphprune.trace.members import Members
-from graphprune.trace.recorder import record
+from graphprune.trace.outline import outline
 from graphprune.verify.reference import Reference, reference_for
 from graphprune.verify.replay import Check, MaskedModel, relies_on_defaults, require, runs_as_recorded
 
@@ -173,7 +173,7 @@ class _Surgeon:
         self.saved: list[tuple[nn.Module, dict[str, Any]]] = []
         self.unset: list[Undo] = []
         self.seconds = {"shrink": 0.0, "verify": 0.0, "count": 0.0}
-        self.before = self._cost(model, self.program) if verify else None
+        self.before = self._cost(model, macs_of(self.program)) if verify else None
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -263,14 +263,14 @@ class _Surgeon:
         return f"{name}.forward has sizes of its own, so its class cannot be kept: {where}"
 
     def _runs_as_recorded(self, small: nn.Module, check: Check | None) -> bool:
-        """Returns whether a shrunk module runs the recorded operators; it is recorded now unless the check has done so."""
-        if check is not None and check.program is not None:
-            return runs_as_recorded(check.program, self.removal)
+        """Returns whether a shrunk module runs the recorded operators; it is run now unless the check has done so."""
+        if check is not None:
+            return runs_as_recorded(check.calls, self.removal)
         if relies_on_defaults(self.removal):
             return False  # whatever it runs
         try:
-            return runs_as_recorded(record(small, self.program.inputs, caches=self.caches), self.removal)
-        except GraphPruneError:
+            return runs_as_recorded(outline(small, self.program.inputs, self.caches).calls, self.removal)
+        except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes means that it does something else)
             return False
 
     # -- checking ----------------------------------------------------------------------------------------------------------------
@@ -284,10 +284,9 @@ class _Surgeon:
         with self._timed("verify"):
             return reference.check(small, self.caches if type(small) is type(self.model) else None)
 
-    def _cost(self, model: nn.Module, program: Program | None) -> Cost:
-        """Returns the cost of a model: from its recording, or by counting where the recording does not tell."""
+    def _cost(self, model: nn.Module, macs: int | None) -> Cost:
+        """Returns the cost of a model; its MACs are counted where they are not known."""
         with self._timed("count"):
-            macs = None if program is None else macs_of(program)
             if macs is None:
                 return count(model, self.program.inputs)
             return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
@@ -303,7 +302,7 @@ class _Surgeon:
     def report(self, found: _Shrunk) -> SpeedupReport:
         """Returns the report on the finished speedup."""
         plan, check = self.plan, found.check
-        after = self._cost(found.module, check.program) if check is not None else None
+        after = self._cost(found.module, check.macs) if check is not None else None
         return SpeedupReport(
             kind=found.kind,
             reason=found.reason,

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from graphprune.cost.predict import MacCounter, macs_of
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.torch_private import is_operator, name_of
 from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import preserve_state
+from graphprune.trace.outline import calls_of, outline
 from graphprune.trace.outputs import output_tensors
 from graphprune.trace.program import info
 from graphprune.trace.recorder import record
@@ -81,9 +83,9 @@ class _ReplayedReference:
     effect: float
 
     def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
-        """Runs a shrunk model, as it is and recorded, and compares what it returns."""
+        """Runs a shrunk model, as it is and watched, and compares what it returns."""
         program = self.masked.program
-        tolerance, recorded = tolerance_for(program), None
+        tolerance, ran, counter = tolerance_for(program), None, MacCounter()
         try:
             with preserve_state(small):
                 error = difference(self.outputs, output_tensors(program.inputs.copied().call(small)))
@@ -92,10 +94,12 @@ class _ReplayedReference:
         except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes counts as different)
             error = float("inf")
         if error <= tolerance:
-            with suppress(GraphPruneError):
-                recorded = record(small, program.inputs, caches=caches)
-                error = max(error, difference(self.outputs, recorded.outputs))
-        return Check(error, self.effect, tolerance, program=recorded)
+            with suppress(Exception):  # (it runs, but cannot be watched: then it is not known to do what was recorded)
+                ran = outline(small, program.inputs, caches, counter)
+        if ran is None:
+            return Check(error, self.effect, tolerance)
+        error = max(error, difference(self.outputs, ran.outputs))
+        return Check(error, self.effect, tolerance, calls=ran.calls, macs=counter.macs)
 
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""
@@ -144,7 +148,8 @@ class _LockstepReference:
         else:
             error = max(leader.error, difference(self.run.outputs, program.outputs))
         empty = not any(t.numel() for t in self.run.outputs)
-        return Check(error, self.effect, self.tolerance, leader.ties, empty, program)
+        calls, macs = (None, None) if program is None else (calls_of(program), macs_of(program))
+        return Check(error, self.effect, self.tolerance, leader.ties, empty, calls, macs)
 
     def where(self, small: nn.Module) -> str:
         """Returns the first operator at which the two differ."""

@@ -7,7 +7,7 @@ The masked model is the original one with the removed channels' slices zeroed. W
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from graphprune.ops.registry import UNBOUND, Value
 from graphprune.surgery.rewriting import Removal, rewrite
 from graphprune.torch_private import is_operator, name_of
 from graphprune.trace.data_dependent import is_delicate
+from graphprune.trace.outline import Calls, calls_of
 from graphprune.trace.outputs import output_tensors
 from graphprune.trace.program import Program, info
 from graphprune.trace.recorder import record
@@ -44,7 +45,8 @@ class Check:
         ties: how many decisions (positions, sizes, Python numbers) fell otherwise in the shrunk model though what went into them was equal
             up to rounding; it was given the masked model's, so that everything after them could be compared.
         empty: whether the outputs have no elements.
-        program: the recording of the shrunk model that was compared; None where it cannot be run.
+        calls: the operators that the shrunk model ran; None where it cannot be run.
+        macs: its multiply-accumulates; None where they must be counted.
     """
 
     error: float
@@ -52,7 +54,8 @@ class Check:
     tolerance: float
     ties: int = 0
     empty: bool = False
-    program: Program | None = field(default=None, repr=False, compare=False)
+    calls: Calls | None = field(default=None, repr=False, compare=False)
+    macs: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -273,7 +276,7 @@ def first_difference(small: nn.Module, masked: MaskedModel, tolerance: float) ->
     return failure or "no single operator: the programs agree node by node"
 
 
-def runs_as_recorded(small: Program | None, removal: Removal) -> bool:
+def runs_as_recorded(calls: Calls | None, removal: Removal) -> bool:
     """Returns whether a shrunk model runs the recorded operators with the recorded fractions, stated or left to their defaults.
 
     Where it does not, its forward decides or computes something by the sizes that it meets, as a scale of 1 / sqrt(width). What that
@@ -281,37 +284,18 @@ def runs_as_recorded(small: Program | None, removal: Removal) -> bool:
     defaults are compared.
 
     Args:
-        small: the recording of the shrunk model, or None where it cannot be run.
+        calls: the operators that the shrunk model runs, or None where it cannot be run.
         removal: the recording of the original, and what goes.
     """
     program = removal.analysis.program
     if relies_on_defaults(removal):
         return False
-    return is_delicate(program) or (small is not None and _calls(small) == _calls(program))
+    return is_delicate(program) or (calls is not None and calls == calls_of(program))
 
 
 def relies_on_defaults(removal: Removal) -> bool:
     """Returns whether some operator leaves a number to a default that depends on a width that changes."""
     return any(removal.loses(labels) for notes in removal.analysis.notes.values() for _, labels in notes.constants.values())
-
-
-def _calls(program: Program) -> list[tuple[Any, list[float]]]:
-    """Returns the operators in order, each with its fractional arguments; of what they return in lists, any number may be picked.
-
-    `contiguous` is left out: PyTorch skips it where the layout is the wanted one already, as that of a single head is.
-    """
-    skipped = (operator.getitem, torch.ops.aten.contiguous.default)
-    calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target not in skipped]
-    return [(n.target, [*_fractions(n.args), *(f for v in n.kwargs.values() for f in _fractions(v))]) for n in calls]
-
-
-def _fractions(value: Any) -> Iterator[float]:
-    """Yields the fractions among nested arguments, in order."""
-    if isinstance(value, float):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _fractions(item)
 
 
 def _name(node: fx.Node) -> str:
