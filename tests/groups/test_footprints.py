@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, whole_dim_causes
+from graphprune.groups.footprints import Distinct, Footprints, Layout, Slot, split_overlapping, whole_dim_causes
 from graphprune.groups.propagate import Analysis
 from graphprune.ops.labels import Ids, LabelTable
 from graphprune.trace.recorder import record
@@ -102,3 +102,87 @@ def test_causes_that_own_a_whole_dimension_are_found() -> None:
     assert whole_dim_causes(slots, table) == []
     first, again = Slot("whole", 1, produces=False), Slot("again", 0, produces=False)
     assert whole_dim_causes([*slots, (first, whole), (again, whole)], table) == [(int(a[0]), first)]
+
+
+# -- footprints that overlap -----------------------------------------------------------------------------------------------------------
+
+
+def families(table: LabelTable, *arrays: Ids) -> list[list[int]]:
+    """Returns the families of all causes in some arrays, which must have equal footprints, as the engine splits them."""
+    layouts = [Layout.of(labels, table) for labels in arrays]
+    causes = np.unique(np.concatenate([layout.owners for layout in layouts]))
+    assert all(np.unique(layout.counts).size == 1 for layout in layouts)
+    return [family.tolist() for family in split_overlapping(causes, layouts)]
+
+
+def test_blocks_of_two_cuts_are_two_families() -> None:
+    """Rows and columns of a square own equally much, but each row shares a position with each column and none with another row."""
+    table = LabelTable()
+    rows, columns = table.fresh(3), table.fresh(3)
+    square = table.merge([rows, columns], (3, 3))
+    assert square is not None
+    assert families(table, square) == [rows.tolist(), columns.tolist()]
+    assert families(table, square, square[::-1].copy()) == [rows.tolist(), columns.tolist()]
+
+
+def test_three_cuts_are_three_families() -> None:
+    """So with a cube, where a row meets every column and every layer, in no more than some positions."""
+    table = LabelTable()
+    parts = [table.fresh(2), table.fresh(2), table.fresh(2)]
+    cube = table.merge(parts, (2, 2, 2))
+    assert cube is not None
+    assert families(table, cube) == [part.tolist() for part in parts]
+
+
+def test_causes_that_share_nothing_are_one_family() -> None:
+    """Channels that own positions of their own stay together, as do those that share positions in one dimension but not in another."""
+    table = LabelTable()
+    a = table.fresh(4)
+    assert families(table, a, np.repeat(a, 2)) == [a.tolist()]
+    rows, columns = table.fresh(2), table.fresh(2)
+    square = table.merge([rows, columns], (2, 2))
+    assert square is not None
+    assert families(table, square, np.concatenate([rows, columns])) == [[*rows.tolist(), *columns.tolist()]]
+    assert families(table, a[:1]) == [a[:1].tolist()]
+
+
+def test_causes_that_share_differently_in_two_dimensions_are_one_family() -> None:
+    """Causes are apart only if all that share positions in one dimension share some in every other, too."""
+    table = LabelTable()
+    rows, columns = table.fresh(2), table.fresh(2)
+    square = table.merge([rows, columns], (2, 2))
+    assert square is not None
+    pairs = np.concatenate([table.product(rows[:1], rows[1:]), table.product(columns[:1], columns[1:])])
+    for arrays in ((square, pairs), (pairs, square)):
+        assert families(table, *arrays) == [[*rows.tolist(), *columns.tolist()]]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_square_cut_gives_two_groups(size: int) -> None:
+    """As many heads as each is wide: heads and widths are two groups, each of which can lose all but one, and removal is exact."""
+    torch.manual_seed(0)
+    inner = nn.Linear(5, size * size)
+    model = nn.Sequential(inner, nn.ReLU(), nn.Unflatten(1, (size, size)), nn.Flatten(), nn.Linear(size * size, 3)).double().eval()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    graph = gp.trace(model, x)
+    found = {group.role: next(s.index for s in group.slices if s.parameter == "0.weight") for group in graph.groups}
+    assert [group.channels for group in graph.groups] == [size, size]
+    heads, widths = found["block"], found["within"]
+    assert heads.tolist() == [[h * size + w for w in range(size)] for h in range(size)]
+    assert widths.tolist() == heads.T.tolist()
+    one = np.arange(size) == 0
+    small, report = gp.speedup(model, gp.Masks(graph, {group.name: one for group in graph.groups}))
+    assert report.error < 1e-12 < report.effect
+    assert small.get_parameter("0.weight").shape == (1, 5)
+
+
+def test_as_many_norm_groups_as_each_is_wide() -> None:
+    """Four norm groups of four channels own what the four positions within them own, everywhere: they are two groups all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 3, 3)).double().eval()
+    graph = gp.trace(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert {(group.role, group.channels) for group in graph.groups} == {("block", 4), ("within", 4)}
+    one = np.arange(4) == 0
+    small, report = gp.speedup(model, gp.Masks(graph, {group.name: one for group in graph.groups}))
+    assert report.error < 1e-12 < report.effect
+    assert small.get_parameter("0.weight").shape[0] == 1
