@@ -17,6 +17,7 @@ import pytest
 import graphprune as gp
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "graphprune").glob("*/__init__.py"))
 STANDARD_TEXT = (
     "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # of LICENSE-2.0.txt as the Apache foundation publishes it
 )
@@ -80,3 +81,16 @@ def test_mentioned_files_exist(name: str) -> None:
     paths = re.findall(r"(?:graphprune|tests|tools|examples)/[\w/.]*\w|\b[A-Z]+\.md\b|LICENSE\b", text)
     assert len(paths) > 3
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_says_what_it_is_for(package: str) -> None:
+    """Its README says what comes in, what goes out and where the next thing goes, and every file and folder that it mentions is there."""
+    folder = ROOT / package
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"`([\w/]+\.(?:py|md|toml))`", text)
+    folders = re.findall(r"`((?:graphprune|tests|tools|examples)/[\w/]*)`", text)
+    missing = [name for name in files if not ((ROOT / name).exists() or (ROOT / "graphprune" / name).exists() or any(folder.rglob(name)))]
+    assert missing + [name for name in folders if not (ROOT / name).is_dir()] == []
+    assert files, "no file is mentioned"
+    assert "add" in text.lower()
