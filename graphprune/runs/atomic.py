@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_NUMBERS = itertools.count()  # tell apart what the threads of one process write
 
 
 @contextmanager
@@ -13,7 +16,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path in the same folder and with the same ending, for the block to write; it replaces `path` once that is done.
 
     What was written is on the disk before it gets its name: after a crash of the process or of the machine there is the old file or the
-    new one. Where the block raises, the old one stays, and nothing else is left. See `leftovers` for processes that are killed.
+    new one. Of several threads or processes that write one path, the last to finish wins. Where the block raises, the old one stays, and
+    nothing else is left. See `leftovers` for processes that are killed.
 
     Args:
         path: of the file; its folder must exist.
@@ -22,7 +26,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.{next(_NUMBERS)}.part{target.suffix}")
     try:
         yield temporary
         with temporary.open("r+b") as file:
@@ -39,8 +43,8 @@ def leftovers(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     before, after = f".{target.stem}.", f".part{target.suffix}"
     for leftover in target.parent.glob(f"{before}*{after}"):
-        pid = leftover.name.removeprefix(before).removesuffix(after)
-        if pid.isdigit() and not alive(int(pid)):
+        pid, _, number = leftover.name.removeprefix(before).removesuffix(after).partition(".")
+        if pid.isdigit() and number.isdigit() and not alive(int(pid)):
             yield leftover
 
 
