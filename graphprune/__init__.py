@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         GraphPruneError,
         InputError,
         MaskError,
+        ModelChangedError,
         TraceError,
         VerificationError,
     )
@@ -115,6 +116,7 @@ __all__ = [
     "MaskError",
     "Masks",
     "MeanActivation",
+    "ModelChangedError",
     "MovementPruner",
     "NetAdaptPruner",
     "Objective",
@@ -177,6 +179,7 @@ _HOMES = {
         "GraphPruneError",
         "InputError",
         "MaskError",
+        "ModelChangedError",
         "TraceError",
         "VerificationError",
     ),

@@ -40,6 +40,10 @@ class TraceError(GraphPruneError):
     """The forward pass could not be recorded."""
 
 
+class ModelChangedError(GraphPruneError):
+    """Another thread changed a model while this one was at work on it."""
+
+
 class MaskError(GraphPruneError):
     """Masks do not fit the model that they are applied to."""
 

@@ -10,7 +10,8 @@ release without the operator never calls them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from torch._C import FunctionSchema
@@ -37,11 +39,12 @@ __all__ = [
     "NormBase",
     "OpOverload",
     "TorchDispatchMode",
+    "add_hooks",
     "append_node",
     "argument_names",
     "disable_current_modes",
     "forward_hooks",
-    "graph_printer",
+    "graph_printers",
     "is_composite",
     "is_mutable",
     "is_operator",
@@ -51,8 +54,8 @@ __all__ = [
     "own_parameters",
     "pytree",
     "schema_of",
-    "set_graph_printer",
     "storage_key",
+    "version_of",
 ]
 
 # `BatchNorm`, `NormBase`, `ConvNd` and `ConvTransposeNd` are what all layers of one kind derive from, those of users among them. Instead of
@@ -199,6 +202,34 @@ def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], dic
     return module._forward_hooks, module._forward_pre_hooks  # noqa: SLF001
 
 
+def add_hooks(modules: Iterable[nn.Module], before: Callable[..., None], after: Callable[..., None]) -> Callable[[], None]:
+    """Lets functions be called before and after modules run, ahead of their own hooks, the second also when they raise.
+
+    Returns:
+        What removes them.
+
+    Instead of it: `register_forward_pre_hook` and `register_forward_hook`, which scripted modules refuse, and which take longer, for a
+    model of small modules, than running it. The hooks of all modules at once, which PyTorch has too, are called by every thread.
+    """
+    key = RemovableHandle(OrderedDict()).id
+    dicts: list[dict[int, Any]] = []
+    for module in modules:
+        both: tuple[tuple[Any, Any], ...] = ((module._forward_pre_hooks, before), (module._forward_hooks, after))  # noqa: SLF001
+        for hooks, hook in both:
+            hooks[key] = hook
+            if len(hooks) > 1:
+                hooks.move_to_end(key, last=False)
+            dicts.append(hooks)
+        module._forward_hooks_always_called[key] = True  # noqa: SLF001
+        dicts.append(module._forward_hooks_always_called)  # noqa: SLF001
+
+    def remove() -> None:
+        for hooks in dicts:
+            hooks.pop(key, None)
+
+    return remove
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Returns a number that no other storage has while this one is alive, also where it has no memory (on the meta device).
 
@@ -208,18 +239,21 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return key
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """Returns how often a tensor has been written to, as far as PyTorch counts: writes through `.data` and inference tensors are left out.
+
+    Instead of it: comparing all values.
+    """
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
+
+
 # -- export ------------------------------------------------------------------------------------------------------------------------
 
 
-def graph_printer() -> Callable[..., None] | None:
-    """Returns the function by which the recording exporter prints the graph that it failed on; None where a release has none.
+def graph_printers() -> list[tuple[Any, str]]:
+    """Returns owner and name of the function by which the recording exporter prints the graph that it failed on; none in some releases.
 
     It prints past Python's streams, and PyTorch switches that on in every export. Instead of it: turning off the process's own standard
     output while an export runs, that of other threads too.
     """
-    return getattr(torch._C, "_jit_onnx_log", None)  # noqa: SLF001
-
-
-def set_graph_printer(printer: Callable[..., None]) -> None:
-    """Puts another function in its place."""
-    torch._C._jit_onnx_log = printer  # noqa: SLF001
+    return [(torch._C, name) for name in ("_jit_onnx_log",) if hasattr(torch._C, name)]  # noqa: SLF001

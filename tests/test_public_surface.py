@@ -24,7 +24,8 @@ PROMISED = {
         ADMMPruner AGPPruner AMCPruner APoZ ActivationAPoZRankPruner ActivationMeanRankPruner AutoCompressPruner BNScale Budget
         ConfigError Cost Criterion DependencyGraph ElementMasks ExportError ExportReport FPGM FPGMPruner FileError Frozen GraphPruneError
         Group HessianDiagonal InputError L1 L1NormPruner L2 L2NormPruner LAMP LatencyReport LevelPruner LinearPruner LotteryTicketPruner
-        MaskError Masks MeanActivation MovementPruner NetAdaptPruner Objective OnnxLatency Op Part Pruner Random Recipe Reconstruction
+        MaskError Masks MeanActivation ModelChangedError MovementPruner NetAdaptPruner Objective OnnxLatency Op Part Pruner Random Recipe
+        Reconstruction
         ReconstructionReport SearchResult Sensitivity SensitivityPruner SimulatedAnnealingPruner Slice SlimPruner SpeedupReport Study
         StudyResult Taylor TaylorFOWeightPruner TaylorGroup TraceError Trial VerificationError Wanda WeightSparsity count export_onnx load
         measure_latency prune recalibrate reconstruct rule run_study save sensitivity slice_average slice_optimizer speedup trace

@@ -28,11 +28,12 @@ from graphprune.torch_private import (
     NormBase,
     OpOverload,
     TorchDispatchMode,
+    add_hooks,
     append_node,
     argument_names,
     disable_current_modes,
     forward_hooks,
-    graph_printer,
+    graph_printers,
     is_composite,
     is_mutable,
     is_operator,
@@ -42,9 +43,10 @@ from graphprune.torch_private import (
     own_parameters,
     pytree,
     schema_of,
-    set_graph_printer,
     storage_key,
+    version_of,
 )
+from graphprune.trace.threads import patched
 
 PACKAGE = Path(torch_private.__file__).parent
 HOME = "torch_private.py"
@@ -292,17 +294,41 @@ def test_storages() -> None:
 
 
 def test_printer() -> None:
-    """Without `graph_printer` and `set_graph_printer` an export that fails fills the console with its graph."""
-    printer, said = graph_printer(), []
-    if printer is None:
+    """Without `graph_printers` an export that fails fills the console with its graph."""
+    said: list[Any] = []
+    found = graph_printers()
+    if not found:
         pytest.skip(f"PyTorch {torch.__version__} does not print the graph of an export that fails")
-    set_graph_printer(lambda *words: said.append(words))
-    try:
+    (owner, name) = found[0]
+    with patched(owner, name, lambda _, *words: said.append(words)):
         torch._C._jit_onnx_log("graph", 1)  # noqa: SLF001
-    finally:
-        set_graph_printer(printer)
     assert said == [("graph", 1)]
-    assert graph_printer() is printer
+    assert graph_printers() == found
+
+
+def test_added_hooks() -> None:
+    """Without `add_hooks` nobody would know which module runs: around its own hooks, also where it raises or is scripted."""
+    said: list[str] = []
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_forward_pre_hook(lambda *_: said.append("own before"))
+    model.register_forward_hook(lambda *_: said.append("own after"))
+    remove = add_hooks([model], lambda *_: said.append("before"), lambda *_: said.append("after"))
+    model(torch.zeros(1, 2))
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 3))
+    remove()
+    model(torch.zeros(1, 2))
+    assert said == ["before", "own before", "after", "own after", "before", "own before", "after", "own before", "own after"]
+
+
+def test_versions() -> None:
+    """Without `version_of` nobody would notice that another thread writes to a model while it is pruned."""
+    tensor = torch.zeros(2)
+    before = version_of(tensor)
+    tensor.detach().add_(1)
+    assert version_of(tensor) > before
+    with torch.inference_mode():
+        assert version_of(torch.zeros(2)) == 0
 
 
 # -- one home for all --------------------------------------------------------------------------------------------------------------

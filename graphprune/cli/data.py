@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from graphprune.cli.sources import named_object
 from graphprune.errors import InputError
+from graphprune.trace.threads import forked_generators
 
 _DATA = "package.module:callable or path/file.py:callable"
 _LOSS = f"the name of a loss in torch.nn.functional (cross_entropy), {_DATA}"
@@ -28,7 +29,7 @@ def batches(name: str, seed: int = 0) -> Iterable[Any]:
     value, _ = named_object(name, "data", _DATA, seed)
     if callable(value) and not isinstance(value, Iterable):
         try:
-            with torch.random.fork_rng(devices=[]):
+            with forked_generators():
                 torch.manual_seed(seed)
                 value = value()
         except Exception as error:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.errors import ConfigError, FileError, InputError
 from graphprune.pruners.config import check_sparsity
+from graphprune.trace.threads import forked_generators
 
 Progress = Callable[[str, int, int], None]  # is told the stage, the steps done and the steps in total
 SPLIT_SEED = 0  # the split of the data is the same for every seed of the training
@@ -131,7 +132,7 @@ class ResidualNetwork(nn.Module):
 
 def build(depth: int, seed: int) -> ResidualNetwork:
     """Returns a fresh network whose weights depend on `seed` alone; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with forked_generators():
         torch.manual_seed(seed)
         return ResidualNetwork(depth)
 

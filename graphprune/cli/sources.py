@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import FileError, GraphPruneError, InputError, nearest
+from graphprune.trace.threads import forked_generators
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:callable or path/file.py:callable"
 _ORIGINS: dict[str, tuple[int, int, int]] = {}  # name of a module from a file -> when the file was written, its size, and the seed
@@ -54,7 +55,7 @@ class Source:
         Raises:
             InputError: the callable raises, or returns something else than an nn.Module.
         """
-        with torch.random.fork_rng(devices=[]):
+        with forked_generators():
             torch.manual_seed(self.seed)
             try:
                 model = self.make()
@@ -104,7 +105,7 @@ def named_object(name: str, kind: str, forms: str, seed: int = 0) -> tuple[Any, 
     place, colon, target = name.rpartition(":")
     if not colon or not place or not target:
         raise InputError(f"{name!r} does not name {kind}", f"Write {forms}")
-    with torch.random.fork_rng(devices=[]):
+    with forked_generators():
         torch.manual_seed(seed)
         is_file = place.endswith(".py") or "/" in place or os.sep in place
         module = _from_file(Path(place), seed) if is_file else _from_package(place)

@@ -18,11 +18,12 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from graphprune.cost.count import Cost, count
-from graphprune.data.sources import generators_kept
 from graphprune.ops.registry import Value, named_arguments
 from graphprune.torch_private import is_composite, is_operator, name_of
 from graphprune.trace.members import Members
 from graphprune.trace.program import info
+from graphprune.trace.threads import generators_kept
+from graphprune.trace.turns import turn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,7 +87,7 @@ class Forecast:
         macs = macs_of(self.graph.engine.program)
         if macs is not None:
             return Cost(sum(parameter.numel() for parameter in self.model.parameters()), macs)
-        with generators_kept():  # whoever asks for costs first must not decide about anybody's random numbers
+        with turn(self.model), generators_kept():  # whoever asks for costs first must not decide about anybody's random numbers
             return count(self.model, self.graph.engine.program.inputs)
 
     @cached_property

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -138,12 +139,13 @@ class DryRun:
     @contextlib.contextmanager
     def _original_untouched(self) -> Iterator[None]:
         """Keeps the trainer from running the original, and puts its gradients back."""
+        me = get_ident()
         gradients = [(p, p.grad) for p in self._model.parameters()]
         for p, _ in gradients:
             p.grad = None
 
         def refuse(_module: nn.Module, _args: Any) -> None:
-            if not self._looking:
+            if not self._looking and get_ident() == me:  # other threads may use the model for what they like
                 raise InputError("the trainer calls a model other than the one that it is given", f"{_USE} its argument model")
 
         takes_hooks = not isinstance(self._model, torch.jit.ScriptModule)

@@ -7,14 +7,12 @@ is handed on as it comes.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from graphprune.data.dry_run import DryRun
 from graphprune.errors import ConfigError, InputError
 from graphprune.trace.contexts import whole_attention
 from graphprune.trace.inputs import Inputs, normalise, preserve_state, run
+from graphprune.trace.threads import generators_kept
 
 _BATCHES = "Pass data=, an iterable of batches such as a DataLoader of (inputs, targets)"
 _LOSS = "Pass loss=, a function of output and target such as torch.nn.functional.cross_entropy"
@@ -273,17 +272,6 @@ def _check_limit(limit: int | None) -> None:
     given: object = limit
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise ConfigError(f"the number of batches to use is {limit!r}", "Pass a whole number of at least 1, or None for all batches")
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Puts the random number generators of Python and NumPy back after the block (`preserve_state` does so with PyTorch's)."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (it is the global one that loaders draw from)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,11 @@ from graphprune.export.proof import Facts, prove
 from graphprune.export.writers import WRITERS, GuessedError, RefusedError, cause, write
 from graphprune.trace.inputs import normalise
 from graphprune.trace.meta_device import require_values
+from graphprune.trace.turns import in_turn
 
 __all__ = ["ExportReport", "export_onnx"]
 
+_PUBLISHING = threading.Lock()  # a file and the weights beside it are of one export
 _OLDEST_OPSET = 9  # no exporter writes an older one
 
 
@@ -64,6 +67,7 @@ class ExportReport:
         return {**dataclasses.asdict(self), "path": str(self.path)}
 
 
+@in_turn
 def export_onnx(
     model: nn.Module,
     example_inputs: Any,
@@ -185,7 +189,8 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 def _publish(file: Path, target: Path) -> None:
     """Moves a finished file and the weights beside it into place, the weights first, so that the model never lacks them."""
     try:
-        for part in sorted(file.parent.iterdir(), key=lambda part: part == file):
-            part.replace(target.parent / part.name)
+        with _PUBLISHING:
+            for part in sorted(file.parent.iterdir(), key=lambda part: part == file):
+                part.replace(target.parent / part.name)
     except OSError as error:
         raise FileError(f"cannot write {str(target)!r}: {error.strerror}", "Check that the file and its folder are writable") from error

@@ -1,41 +1,45 @@
-"""Keeps PyTorch's exporters from talking to the user's console."""
+"""Keeps PyTorch's exporters from talking to the user's console, while other threads may go on talking."""
 
 from __future__ import annotations
 
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
+from threading import get_ident
+from typing import Any
 
-from graphprune.torch_private import graph_printer, set_graph_printer
-
-
-@contextmanager
-def quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """Holds back warnings, log records and what is printed to `sys.stderr`; yields the list that the warnings are collected in."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(record=True) as caught, redirect_stderr(io.StringIO()), _no_graph_dump():
-            warnings.simplefilter("always")
-            yield caught
-    finally:
-        logging.disable(before)
+from graphprune.torch_private import graph_printers
+from graphprune.trace.threads import Asked, patched, warning_filters
 
 
 @contextmanager
-def _no_graph_dump() -> Iterator[None]:
-    """Holds back the graph that the recording exporter prints past Python's own streams when it fails.
+def quiet(*raised: type[Warning]) -> Iterator[list[warnings.WarningMessage]]:
+    """Holds back warnings, log records and what is printed to `sys.stderr`, of this thread; yields the list of the warnings.
 
-    PyTorch switches that on in every export; the function that prints is all that can be reached.
+    Args:
+        raised: kinds of warnings that are raised as errors instead.
     """
-    printer = graph_printer()
-    if printer is None:
-        yield
-        return
-    set_graph_printer(lambda *_: None)
-    try:
-        yield
-    finally:
-        set_graph_printer(printer)
+    caught: list[warnings.WarningMessage] = []
+    with ExitStack() as stack:
+        stack.enter_context(patched(warnings, "showwarning", lambda _, *args: caught.append(warnings.WarningMessage(*args))))
+        stack.enter_context(warning_filters(("always", Warning, ""), *(("error", kind, "") for kind in raised)))
+        stack.enter_context(patched(logging.Logger, "handle", lambda *_: None))
+        if sys.stderr is not None:
+            stack.enter_context(patched(sys, "stderr", io.StringIO(), _Stream))
+        for owner, name in graph_printers():
+            stack.enter_context(patched(owner, name, lambda *_: None))
+        yield caught
+
+
+class _Stream:
+    """A stream that is another one for threads that have asked for it."""
+
+    def __init__(self, original: Any, asked: Asked) -> None:
+        self._original, self._asked = original, asked
+
+    def __getattr__(self, name: str) -> Any:
+        mine = self._asked.get(get_ident())
+        return getattr(self._original if mine is None else mine[-1], name)

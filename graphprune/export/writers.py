@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from graphprune.export.job import Job
 from graphprune.export.quiet import quiet
 from graphprune.trace.contexts import whole_attention
 from graphprune.trace.inputs import preserve_state
+from graphprune.trace.threads import exporting
 
 _SINGLE_FILE_BYTES = 3 << 29  # a protobuf message ends at 2 GiB; beyond 1.5 GiB the weights go into a file of their own
 _LONGEST_CAUSE = 240  # characters of an exporter's own message that are repeated in ours
@@ -59,8 +59,7 @@ def write(model: nn.Module, exporter: str, job: Job, file: Path, *, trust: bool)
         Exception: whatever the exporter fails with.
     """
     try:
-        with preserve_state(model), whole_attention(), quiet() as caught:
-            warnings.simplefilter("always" if trust else "error", TracerWarning)
+        with exporting(), preserve_state(model), whole_attention(), quiet(*([] if trust else [TracerWarning])) as caught:
             WRITERS[exporter](job, file)
     except Exception as error:
         warning = _innermost(error)

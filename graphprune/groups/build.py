@@ -24,6 +24,7 @@ from graphprune.torch_private import name_of
 from graphprune.trace.data_dependent import decisions_of, operators_of
 from graphprune.trace.program import Program, info
 from graphprune.trace.recorder import record
+from graphprune.trace.turns import in_turn
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -35,6 +36,7 @@ _BRANCHES = 3  # passes with other decisions, where Python reads numbers
 _EXPLORED = 8  # the same, where one pass leaves parameters unread
 
 
+@in_turn
 def trace(model: nn.Module, example_inputs: object) -> DependencyGraph:
     """Returns the dependency graph of a model: its groups, and what is frozen and why.
 

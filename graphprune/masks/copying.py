@@ -13,12 +13,14 @@ from torch import nn
 
 from graphprune.torch_private import own_modules, own_parameters
 from graphprune.trace.members import Members
+from graphprune.trace.turns import in_turn
 
 _ATOMIC = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size})
 _DICTS = (dict, OrderedDict)
 _OWN = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _DICTS)  # PyTorch's own dicts, most of them empty
 
 
+@in_turn
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Returns a deep copy of a module; `memo` maps ids of tensors to what stands in their place.
 

@@ -123,8 +123,16 @@ def _at_zero(op: Op, zero: dict[str, bool]) -> tuple[bool, bool]:
     return _ZERO[key]
 
 
+_SCALING = frozenset({"aten::dropout", "aten::feature_dropout", "aten::rrelu"})  # draw what they multiply by
+
+
 def _try_zero(op: Op, zero: dict[str, bool]) -> tuple[bool, bool]:
-    """Returns whether the output is zero, and whether it is a finite number."""
+    """Returns whether the output is zero, and whether it is a finite number.
+
+    What draws random numbers is not tried: the generators are everybody's.
+    """
+    if torch.Tag.nondeterministic_seeded in op.target.tags and op.get("train", op.get("training", True)):
+        return op.name.removesuffix("_") in _SCALING and all(zero.values()), True
     arguments: dict[str, Any] = {
         k: (torch.zeros(1) if zero[k] else torch.full((1,), 0.7)) if k in zero else v for k, v in op.arguments.items()
     }

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from graphprune.errors import FileError, MaskError
 from graphprune.runs.atomic import atomic
 from graphprune.surgery.recipe import Recipe, Step, recipe_of
+from graphprune.trace.turns import in_turn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,7 @@ _MASK = "graphprune.mask"
 _REWRITE = "Pass a file written by graphprune.save"
 
 
+@in_turn
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a shrunk model with its current weights and its recipe to one safetensors file, atomically.
 

@@ -27,6 +27,8 @@ from graphprune.repair.fitting import Fit
 from graphprune.repair.readers import Reader, readers
 from graphprune.repair.report import LeftAlone, ReconstructionReport, Refitted
 from graphprune.repair.runs import Runs
+from graphprune.trace.threads import forked_generators
+from graphprune.trace.turns import turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -103,13 +105,17 @@ class Reconstruction:
         if not isinstance(masks, Masks):
             what = f"the masks are {type(masks).__name__}, and what reads channels that go can be fitted for masks of channels only"
             raise ConfigError(what, "Pass masks of channels; of masks of single elements, masks.channels(graph)")
+        with turn(model):
+            return self._rebuilt(model, masks, start)
+
+    def _rebuilt(self, model: nn.Module, masks: Masks, start: float) -> tuple[nn.Module, ReconstructionReport]:
         checked_tensors(model, masks.graph)
         found, left = readers(masks.graph, masks)
         runs = Runs(model, masks, self.data)
         stages: dict[fx.Node, list[Reader]] = {}
         for reader in found:  # what reads the same tensor first is fitted together
             stages.setdefault(reader.calls[0].source, []).append(reader)
-        with torch.random.fork_rng(devices=[]):
+        with forked_generators():
             torch.default_generator.manual_seed(self.seed)
             fitted = [each for stage in stages.values() for each in self._fitted(runs, stage)]
         layers = tuple(each for each in fitted if isinstance(each, Refitted))

@@ -269,6 +269,6 @@ class AMCPruner(SearchPruner):
         key = tuple(sparsities.values())
         if key in known:
             return replace(known[key], number=number, seconds=0.0)
-        with same_random(self.seed):
+        with same_random(self.seed, self.objective.model):
             known[key] = self.objective(sparsities, number)
         return known[key]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import ConfigError
+from graphprune.trace.threads import forked_generators
 
 _SMALL = 3e-3  # the range of the last layers' first weights, as in the paper
 _FRACTIONS = ("tau", "discount", "noise_decay", "moving_average")
@@ -124,7 +125,7 @@ class Agent:
     def __init__(self, features: int, steps: int, how: DDPG, seed: int) -> None:
         self.how = how
         self._generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng([]):  # PyTorch's own first weights, which are replaced, come from the global generator
+        with forked_generators():  # PyTorch's own first weights, which are replaced, come from the global generator
             layers = (nn.Linear(features, how.hidden), nn.ReLU(), nn.Linear(how.hidden, how.hidden), nn.ReLU(), nn.Linear(how.hidden, 1))
             actor, critic = nn.Sequential(*layers, nn.Sigmoid()), _Critic(features, how.hidden)
         for network, last in ((actor, layers[-1]), (critic, critic.value)):

@@ -246,7 +246,7 @@ class NetAdaptPruner(SearchPruner):
         start, number = time.perf_counter(), len(self.history)
         kept = self._narrowed({proposal.group: proposal.left})
         masks = Masks(self.objective.graph, kept)
-        with same_random(self.seed + len(self.steps)):
+        with same_random(self.seed + len(self.steps), self.objective.model, self._present):
             if self.objective.physical:
                 small = speedup(self._present, masks, verify=False)[0]
                 if self.finetune is not None:

@@ -262,7 +262,7 @@ class Study:
                 self._give_up(trial)
                 return
             try:
-                with same_random(int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])):
+                with same_random(int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0]), self.objective.model):
                     found = self.objective(self.objective.project(point), trial.number)
                     self._finish(found)
             except BaseException:

@@ -12,19 +12,20 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
-from graphprune.data.sources import generators_kept
 from graphprune.errors import ConfigError
 from graphprune.groups.build import trace
 from graphprune.masks.channels import Masks
 from graphprune.masks.copying import copied
 from graphprune.speedup.speedup import speedup
+from graphprune.trace.threads import forked_generators, generators_kept
+from graphprune.trace.turns import turn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class Bench:
             ConfigError: the evaluator returns no finite number.
         """
         start = time.perf_counter()
-        with same_random(self.seed):
+        with same_random(self.seed, self.model):
             value = self.evaluator(self._small(kept).eval())
         return finite(value), time.perf_counter() - start
 
@@ -169,10 +170,19 @@ def _evaluate(kept: Kept) -> Scored:
 
 
 @contextmanager
-def same_random(seed: int) -> Iterator[None]:
-    """Seeds the global random number generators for the block, and puts them back where they were."""
+def same_random(seed: int, *models: nn.Module) -> Iterator[None]:
+    """Seeds the global random number generators for the block, and puts them back where they were.
+
+    Args:
+        seed: of all of them.
+        models: that the block works on and other threads may work on too: turns are taken before generators.
+    """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with generators_kept(), torch.random.fork_rng(devices):
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(turn(model))
+        stack.enter_context(generators_kept())
+        stack.enter_context(forked_generators(devices))
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 (the global generator that evaluators draw from)
         random.seed(seed)

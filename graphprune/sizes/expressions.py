@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -202,12 +203,19 @@ class Trail:
         comparisons: in order.
         floats: (expression, moment): integers that became floating-point numbers, which the masked network keeps as they were.
         moment: how many operators have been recorded.
+        thread: whose arithmetic it is.
     """
 
     open: bool = True
     comparisons: list[Comparison] = field(default_factory=list)
     floats: list[tuple[Expression, int]] = field(default_factory=list)
     moment: int = 0
+    thread: int = field(default_factory=get_ident)
+
+    @property
+    def listening(self) -> bool:
+        """Whether arithmetic that runs now is remembered: not that of other threads that happen upon tracked integers."""
+        return self.open and get_ident() == self.thread
 
 
 class Tracked(int):
@@ -228,7 +236,7 @@ class Tracked(int):
         if not isinstance(left, int) or not isinstance(right, int):
             return self._as_float(function, left, right)
         result = function(int(left), int(right))
-        if not self.trail.open or type(result) is not int:
+        if not self.trail.listening or type(result) is not int:
             return result
         return Tracked.of(Arithmetic(function, expression_of(left), expression_of(right), result), self.trail)
 
@@ -282,7 +290,7 @@ class Tracked(int):
         return other / float(self) if isinstance(other, (int, float)) else NotImplemented
 
     def __float__(self) -> float:
-        if self.trail.open:
+        if self.trail.listening:
             self.trail.floats.append((self.origin, self.trail.moment))
         return float(int(self))
 
@@ -290,7 +298,7 @@ class Tracked(int):
         if not isinstance(other, int):
             return function(int(self), other) if isinstance(other, float) else NotImplemented
         outcome = function(int(self), int(other))
-        if self.trail.open:
+        if self.trail.listening:
             trail = self.trail
             trail.comparisons.append(Comparison(function, self.origin, expression_of(other), outcome, trail.moment))
         return outcome

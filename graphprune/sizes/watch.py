@@ -6,10 +6,11 @@ it must count (none: it must stay what it is). A model of the user's own class c
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from graphprune.sizes.expressions import Arithmetic, Expression, Extent, Tracked
 from graphprune.torch_private import name_of
 from graphprune.trace.program import info
 from graphprune.trace.recorder import node_behind, record
+from graphprune.trace.turns import turn
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -189,6 +191,10 @@ class _Watch(TorchFunctionMode):
         if func == _SHAPE or func is _SIZE or func is _COUNT:
             found = func(*args, **(kwargs or {}))
             return self._sizes(args[0], found, args, kwargs or {}) if self.shapes else found
+        opened = _opened(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **(kwargs or {}))
         before, self.integers = self.integers, list(_integers((args, kwargs or {})))
         try:
             return func(*args, **(kwargs or {}))
@@ -251,7 +257,7 @@ def _watched(model: nn.Module, analysis: Analysis, trail: Trail, *, shapes: bool
         trail.moment = len(calls)
 
     try:
-        with tracked_attributes(model, trail), _open_functions(), watch:
+        with turn(model), tracked_attributes(model, trail), watch:
             record(model, analysis.program.inputs, on_call=note)
     except GraphPruneError:
         return None
@@ -260,19 +266,34 @@ def _watched(model: nn.Module, analysis: Analysis, trail: Trail, *, shapes: bool
     return calls
 
 
-@contextmanager
-def _open_functions() -> Iterator[None]:
-    """Lets functions that PyTorch writes in Python run with the watch on, so that it sees the operators inside them.
+_HANDING_OVER = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
-    They would otherwise hand themselves over to the watch as a whole, `multi_head_attention_forward` for one.
+
+def _opened(function: Any) -> Callable[..., Any] | None:
+    """Returns a twin of a function that PyTorch writes in Python, which runs with the watch on, so that the operators inside are seen.
+
+    The function itself would hand itself over to the watch as a whole, `multi_head_attention_forward` for one. Its twin reads from a copy
+    of its module in which nothing is handed over. None for other functions.
     """
-    functional: Any = torch.nn.functional
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    saved = {name: getattr(functional, name) for name in names if hasattr(functional, name)}
-    try:
-        for name in saved:
-            setattr(functional, name, lambda *_: False)
-        yield
-    finally:
-        for name, function in saved.items():
-            setattr(functional, name, function)
+    return _twins().get(function) if isinstance(function, FunctionType) else None
+
+
+@functools.cache
+def _twins() -> dict[FunctionType, FunctionType]:
+    """Returns function of `torch.nn.functional` -> its twin."""
+    functional = vars(torch.nn.functional)
+    names = {**functional, **dict.fromkeys(_HANDING_OVER, lambda *_: False)}
+    twins: dict[FunctionType, FunctionType] = {}
+
+    def twin(value: Any) -> Any:
+        if not isinstance(value, FunctionType) or value.__module__ != torch.nn.functional.__name__:
+            return value
+        if value not in twins:
+            cells = tuple(CellType(twin(cell.cell_contents)) for cell in value.__closure__ or ())
+            space = names if value.__globals__ is functional else value.__globals__
+            made = twins[value] = FunctionType(value.__code__, space, value.__name__, value.__defaults__, cells)
+            made.__kwdefaults__ = value.__kwdefaults__
+        return twins[value]
+
+    names.update({name: twin(value) for name, value in names.items()})
+    return twins

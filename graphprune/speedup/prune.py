@@ -13,12 +13,14 @@ from graphprune.pruners.config import check_sparsity
 from graphprune.pruners.options import SeenOptions, check_names, showing_data
 from graphprune.speedup.report import SpeedupReport
 from graphprune.speedup.speedup import shrink
+from graphprune.trace.turns import in_turn
 
 if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
 
+@in_turn
 def prune(
     model: nn.Module,
     example_inputs: object,

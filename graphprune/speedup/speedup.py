@@ -32,6 +32,7 @@ from graphprune.trace.caches import caches, clear
 from graphprune.trace.inputs import Inputs, normalise
 from graphprune.trace.members import Members
 from graphprune.trace.outline import outline
+from graphprune.trace.turns import in_turn
 from graphprune.verify.reference import Reference, reference_for
 from graphprune.verify.replay import Check, MaskedModel, relies_on_defaults, require, runs_as_recorded
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from graphprune.trace.program import Program, Where
 
 
+@in_turn
 def speedup(
     model: nn.Module,
     masks: Masks | ElementMasks,

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from graphprune.torch_private import AutoDispatchBelowAutograd, DisableTorchFunction, TorchDispatchMode
+from graphprune.torch_private import AutoDispatchBelowAutograd, DisableTorchFunction, TorchDispatchMode, add_hooks
 from graphprune.trace.inputs import tensors_in
+from graphprune.trace.threads import Asked, patched
 
 
 @contextmanager
-def module_paths(paths: Mapping[int, str], entered: Callable[[str], None], left: Callable[[str], None]) -> Iterator[None]:
-    """Says which modules run inside the block, by their paths; `paths` maps ids of modules to them. Also when a module raises."""
+def module_paths(
+    modules: Iterable[nn.Module], paths: Mapping[int, str], entered: Callable[[str], None], left: Callable[[str], None]
+) -> Iterator[None]:
+    """Says which modules run inside the block, by their paths; also when a module raises. Other threads may run them unnoticed.
+
+    Args:
+        modules: those to watch.
+        paths: from ids of modules to their paths.
+        entered: is called with the path of a module before it runs, and before its own hooks do.
+        left: likewise afterwards.
+    """
+    me = get_ident()
     depth = 0
 
     def enter(module: nn.Module, _args: object) -> None:
         nonlocal depth
-        if id(module) in paths:
+        if get_ident() == me and id(module) in paths:
             depth += 1
             entered(paths[id(module)])
 
     def leave(module: nn.Module, _args: object, _output: object) -> None:
         nonlocal depth
-        if id(module) in paths and depth:
+        if depth and get_ident() == me and id(module) in paths:
             depth -= 1
             left(paths[id(module)])
 
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    remove = add_hooks(modules, enter, leave)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        remove()
 
 
 @contextmanager
@@ -51,42 +61,36 @@ def below_autograd() -> Iterator[None]:
 
 @contextmanager
 def whole_attention() -> Iterator[None]:
-    """Turns off the fused inference path of `nn.MultiheadAttention`, which hides the operators that it runs."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    """Turns off the fused inference path of `nn.MultiheadAttention`, which hides the operators that it runs, for this thread."""
+    with patched(torch.backends.mha, "get_fastpath_enabled", lambda _: False, _fastpath):
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _fastpath(original: Callable[[], bool], asked: Asked) -> Callable[[], bool]:
+    """Returns what says whether the fused path may be taken: of a form that another thread may script meanwhile."""
+
+    def get_fastpath_enabled() -> bool:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # is public, and documented
+            return get_ident() not in asked and original()
+        return True
+
+    return get_fastpath_enabled
 
 
 @contextmanager
 def values_taken(note: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Calls `note` with every tensor whose values Python takes out as a whole; what it returns is taken instead.
 
-    `tolist` and `numpy` read memory, so that no operator tells of it.
+    `tolist` and `numpy` read memory, so that no operator tells of it. What other threads take passes by.
     """
-    kind: Any = torch.Tensor
-    saved = {name: (vars(kind).get(name), getattr(kind, name)) for name in ("tolist", "numpy")}
 
-    def reading(method: Callable[..., object]) -> Callable[..., object]:
-        def read(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
-            taken = note(tensor)
-            with DisableTorchFunction():  # (a mode would call what stands here in the method's place again)
-                return method(taken, *args, **kwargs)
+    def read(method: Callable[..., object], tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+        taken = note(tensor)
+        with DisableTorchFunction():  # (a mode would call what stands here in the method's place again)
+            return method(taken, *args, **kwargs)
 
-        return read
-
-    try:
-        for name, (_, method) in saved.items():
-            setattr(kind, name, reading(method))
+    with patched(torch.Tensor, "tolist", read), patched(torch.Tensor, "numpy", read):
         yield
-    finally:
-        for name, (own, _) in saved.items():
-            if own is None:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, own)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ decision is refused, and a verification lets both of its runs decide alike.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,7 @@ def decision(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: o
         large changes, or choose positions; "random" where random numbers are drawn; "" otherwise.
     """
     name = name_of(func)
-    if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+    if is_seeded(func) and draws(func, args, kwargs):
         return "random"
     if constant:
         return ""
@@ -87,8 +88,14 @@ def operators_of(program: Program) -> list[tuple[object, ...]]:
     return [(n.target, info(n).module, *(a.target for a in n.all_input_nodes if a.op == "get_attr")) for n in calls]
 
 
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Returns whether random numbers are drawn: not by dropout that is switched off."""
+@functools.lru_cache(maxsize=4096)
+def is_seeded(func: Any) -> bool:
+    """Returns whether an operator is of those that draw from a random number generator."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Returns whether a call of such an operator draws: not that of dropout that is switched off."""
     defaults = {a.name: a.default_value for a in schema_of(func).arguments if a.has_default_value()}
     given = {**defaults, **named_arguments(func, args, kwargs)}
     return not any(name in given and not isinstance(given[name], torch.Tensor) and given[name] in off for name, off in _OFF.items())

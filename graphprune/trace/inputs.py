@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.torch_private import pytree
 from graphprune.trace.members import Members
+from graphprune.trace.threads import alone, forked_generators, running
+from graphprune.trace.turns import Turn, turn
 
 _FORMS = "Pass a tensor, a tuple of positional arguments, a dict of keyword arguments, or (args, kwargs)"
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})  # exactly these: subclasses may refuse to be refilled
@@ -192,7 +195,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 @contextmanager
-def preserve_state(model: nn.Module, members: Members | None = None) -> Iterator[None]:
+def preserve_state(model: nn.Module, members: Members | None = None, *, training: bool = False, draws: bool = True) -> Iterator[None]:
     """Lets the model run in inference mode inside the block, and puts everything back that a run may change.
 
     Inside, all modules have ``training = False`` (set directly: some models' own `train` rewrites weights) and no gradients are
@@ -200,14 +203,26 @@ def preserve_state(model: nn.Module, members: Members | None = None) -> Iterator
     lists, dicts and sets), values of buffers and of tensors that are plain attributes, and PyTorch's random number generators.
     Not covered: parameters written in place, containers nested deeper, and random numbers from elsewhere.
 
+    One thread at a time works on a model, see `turn`; and one at a time draws random numbers.
+
     Args:
         model: any module.
         members: its modules and tensors, if they have been gathered already.
+        training: what the flags are set to.
+        draws: whether the block may draw random numbers. False where it draws none, or forks the generators itself once it does: then
+            those of other threads go on undisturbed.
 
     Raises:
         InputError: if the model has lazy modules that do not know their shapes yet.
+        ModelChangedError: another thread changed the model since this one began to work on it.
     """
-    members = members or Members.of(model)
+    with turn(model) as mine:
+        mine.check()
+        yield from _preserved(model, mine, members or Members.of(model), training=training, draws=draws)
+
+
+def _preserved(model: nn.Module, mine: Turn, members: Members, *, training: bool, draws: bool) -> Iterator[None]:
+    """What `preserve_state` does in its turn."""
     _require_initialised(model, members)
     modules = members.distinct
     flags = [(module, module.training) for module in modules]
@@ -217,12 +232,14 @@ def preserve_state(model: nn.Module, members: Members | None = None) -> Iterator
     buffers = list({id(tensor): tensor for _, tensor in members.buffers}.values())
     state = [*buffers, *(value for value in values if isinstance(value, Tensor))]
     tensors = [(tensor, tensor.detach().clone()) for tensor in state]
-    gpus = sorted({tensor.device.index for tensor in [*(p for _, p in members.parameters), *state] if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=gpus), torch.no_grad():
+    forked = forked_generators(gpus_of(members, state)) if draws or alone() else running()
+    with forked, torch.no_grad():
         try:
-            set_training(modules, training=False)
+            set_training(modules, training=training)
+            mine.begin()
             yield
         finally:
+            mine.end(training=training)
             for current, saved in attributes:
                 _refill(current, saved)
             for container, saved_contents in containers:
@@ -234,6 +251,13 @@ def preserve_state(model: nn.Module, members: Members | None = None) -> Iterator
             for tensor, value in tensors:
                 if tensor.device.type != "meta" and not torch.equal(tensor, value):
                     tensor.copy_(value)
+            mine.settle()
+
+
+def gpus_of(members: Members, tensors: Iterable[Tensor] = ()) -> list[int]:
+    """Returns the numbers of the CUDA devices that parameters, buffers and other tensors are on."""
+    found = [*(tensor for _, tensor in members.tensors), *tensors]
+    return sorted({tensor.device.index for tensor in found if tensor.device.type == "cuda"})
 
 
 def set_training(modules: Iterable[nn.Module], *, training: bool) -> None:
@@ -244,7 +268,11 @@ def set_training(modules: Iterable[nn.Module], *, training: bool) -> None:
 
 
 def _refill(container: dict[Any, Any] | list[Any] | set[Any], contents: Any) -> None:
-    """Puts saved contents back into the container that held them."""
+    """Puts saved contents back into the container that held them; one that holds them still is not touched, as others may be reading it."""
+    if len(container) == len(contents) and all(map(operator.is_, container, contents)):
+        if isinstance(container, dict) and not all(map(operator.is_, container.values(), contents.values())):
+            container.update(contents)
+        return
     container.clear()
     if isinstance(container, list):
         container.extend(contents)

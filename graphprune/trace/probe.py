@@ -23,6 +23,7 @@ from graphprune.ops.labels import Ids
 from graphprune.ops.registry import Op, Value
 from graphprune.torch_private import pytree, schema_of
 from graphprune.trace.inputs import tensors_in
+from graphprune.trace.threads import forked_generators
 
 Place: TypeAlias = "tuple[int, int]"
 """Number of a tensor and a dimension of it."""
@@ -108,7 +109,7 @@ def probe(op: Op, call: Recorded | None) -> list[Any] | None:
         return None
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with forked_generators():
             links = _proven(runner, _wanted(values, runner.operands), generator)
     except Exception:  # noqa: BLE001 (an operator may refuse other values in any way; then nothing is known)
         return None

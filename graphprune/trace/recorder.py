@@ -12,7 +12,8 @@ from __future__ import annotations
 import operator
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -23,13 +24,15 @@ from graphprune.ops import rule_for
 from graphprune.torch_private import TorchDispatchMode, append_node, disable_current_modes, is_composite, pytree
 from graphprune.trace.caches import without_caches
 from graphprune.trace.contexts import below_autograd, module_paths, values_taken, whole_attention
-from graphprune.trace.data_dependent import decision, rounds_matter, sized_by
-from graphprune.trace.inputs import Inputs, argument_names, cannot_run, map_outputs, normalise, place, preserve_state, set_training
+from graphprune.trace.data_dependent import decision, draws, is_seeded, rounds_matter, sized_by
+from graphprune.trace.inputs import Inputs, argument_names, cannot_run, gpus_of, map_outputs, normalise, place, preserve_state
 from graphprune.trace.members import Members
-from graphprune.trace.meta_device import PYTHON, MetaExecutor, is_about_values, literals, unreadable
+from graphprune.trace.meta_device import PYTHON, MetaExecutor, is_about_values, literals, shapes_suffice, unreadable
 from graphprune.trace.outputs import output_tensors
 from graphprune.trace.probe import Recorded
 from graphprune.trace.program import NodeInfo, Program, Where, info, set_info
+from graphprune.trace.threads import forked_generators
+from graphprune.trace.turns import in_turn, turn
 
 _NODE = "_graphprune_node"
 
@@ -38,6 +41,7 @@ Runner: TypeAlias = Callable[[fx.Node, Any, tuple[Any, ...], dict[str, Any]], An
 """From a node and the operator's arguments to its result (where `NodeInfo.whole` is set, the tensor whose values Python takes)."""
 
 
+@in_turn
 def record(
     model: nn.Module,
     example_inputs: object,
@@ -66,14 +70,21 @@ def record(
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
     members = Members.of(model)
-    with preserve_state(model, members), without_caches(model, inputs, members, caches) as emptied, whole_attention(), below_autograd():
+    with (
+        _changes_confirmed(model, inputs, training=training),
+        preserve_state(model, members, training=training, draws=False),
+        without_caches(model, inputs, members, caches) as emptied,
+        whole_attention(),
+        below_autograd(),
+        ExitStack() as generators,
+    ):
         recorder = _Recorder(model, inputs, members, on_value, on_call)
         recorder.runner = runner
         args, kwargs = recorder.bind_inputs()
-        set_training(members.distinct, training=training)
+        recorder.before_drawing = lambda: generators.enter_context(forked_generators(gpus_of(members)))
         try:
             with (
-                module_paths(recorder.paths, recorder.entered, recorder.left),
+                module_paths(members.distinct, recorder.paths, recorder.entered, recorder.left),
                 literals(recorder.weightless),
                 values_taken(recorder.take),
                 recorder,
@@ -87,6 +98,22 @@ def record(
             raise cannot_run(model, inputs, error, recorder.failed_in(error)) from error
         recorder.finish(output)
     return recorder.program(emptied)
+
+
+@contextmanager
+def _changes_confirmed(model: nn.Module, inputs: Inputs, *, training: bool) -> Iterator[None]:
+    """Runs a model again that was not the same after a pass: what it changed itself, it changes every time; the turn on it compares."""
+    with turn(model) as mine:
+        try:
+            yield
+        finally:
+            if mine.unconfirmed(training=training):
+                with (
+                    preserve_state(model, training=training),
+                    shapes_suffice(model, inputs.tensors()),
+                    suppress(Exception),  # what it changed until then is all that is asked for
+                ):
+                    inputs.copied().call(model)
 
 
 class _Recorder(TorchDispatchMode):
@@ -113,6 +140,7 @@ class _Recorder(TorchDispatchMode):
         self.on_value = on_value
         self.on_call = on_call
         self.runner: Runner | None = None
+        self.before_drawing: Callable[[], object] | None = None
         self._decompose: dict[Any, bool] = {}
         self._external: dict[int, fx.Node | str] = {}
         self._alive: list[torch.Tensor] = []
@@ -269,6 +297,9 @@ class _Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if self.before_drawing is not None and is_seeded(func) and draws(func, args, kwargs):
+            self.before_drawing()
+            self.before_drawing = None
         node, known = self._call(func, args, kwargs)
         result = self._run(node, func, args, kwargs)
         known.decides = kind = decision(func, args, kwargs, result, constant=self._decides_nothing(known, func, args, kwargs))

@@ -25,6 +25,7 @@ from graphprune.errors import InputError
 from graphprune.torch_private import BatchNorm
 from graphprune.trace.inputs import normalise, preserve_state, run
 from graphprune.trace.meta_device import require_values
+from graphprune.trace.turns import turn
 
 _ATEN_ARGUMENTS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
@@ -61,6 +62,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     if isinstance(batches, (Tensor, Mapping)):
         raise InputError(f"batches is a single {type(batches).__name__}, not several batches", "Pass a list of batches: [batch]")
     require_values(model, "recalibrate")
+    with turn(model, writes=True):
+        return _recalibrated(model, batches)
+
+
+def _recalibrated(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     statistics = _Statistics(model)
     done = 0
     with preserve_state(model), statistics:

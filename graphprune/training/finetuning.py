@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from graphprune.data.sources import Loader
 from graphprune.errors import ConfigError
 from graphprune.masks.copying import copied
+from graphprune.trace.threads import warning_filters
 from graphprune.training.keeping import held
 from graphprune.training.optimizers import slice_optimizer, sliced_state
 from graphprune.training.packing import plain_part
@@ -159,8 +159,8 @@ class TrainingCopy:
                 self.model.train()
                 self.how.trainer(self.model, self.optimizer, self.criterion)
                 if self.scheduler is not None:
-                    with warnings.catch_warnings():  # a step hook or an AMP scaler may hide optimizer.step() from the scheduler
-                        warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*")
+                    # a step hook or an AMP scaler may hide optimizer.step() from the scheduler
+                    with warning_filters(("ignore", Warning, r".*lr_scheduler\.step\(\).*")):
                         self.scheduler.step()
         finally:
             handle.remove()

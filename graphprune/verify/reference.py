@@ -55,7 +55,7 @@ def reference_for(masked: MaskedModel, dense: list[torch.Tensor] | None = None) 
     if is_delicate(masked.program):
         return _LockstepReference.of(masked)
     if dense is None:
-        with preserve_state(masked.model):
+        with preserve_state(masked.model, draws=False):
             dense = output_tensors(masked.program.inputs.copied().call(masked.model))
     outputs = masked.outputs()
 
@@ -87,7 +87,7 @@ class _ReplayedReference:
         program = self.masked.program
         tolerance, ran, counter = tolerance_for(program), None, MacCounter()
         try:
-            with preserve_state(small):
+            with preserve_state(small, draws=False):
                 error = difference(self.outputs, output_tensors(program.inputs.copied().call(small)))
         except GraphPruneError:
             raise

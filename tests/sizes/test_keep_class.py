@@ -28,6 +28,7 @@ from graphprune.sizes.watch import demands
 from graphprune.sizes.widths import stated_widths
 from tests.support.invariants import train_step
 from tests.support.operators import conv, filled, images, normal
+from tests.support.threads import together
 from tests.support.torchvision_shim import import_torchvision
 from tests.support.untouched import changes, snapshot
 
@@ -686,3 +687,14 @@ def test_demands_name_what_the_code_computes() -> None:
     found = [d for d in demands(model, graph.engine) if d.module == "blocks.0"]
     stated = {str(d.code): d.old for d in found if d.labels is not None and not isinstance(d.code, int)}
     assert stated == {"self.num_heads": 3, "shape[2] // self.num_heads": 4, "shape[2]": 12}
+
+
+def test_another_thread_leaves_no_trail() -> None:
+    """Arithmetic of other threads with integers that one thread tracks is arithmetic with integers."""
+    trail = Trail()
+    made = Tracked.of(Attribute(("", ("heads",)), 4), trail)
+    assert isinstance(made * 2, Tracked)
+    found = together([lambda: [type(made * 2), made == 4, float(made)]])
+    assert found == [[int, True, 4.0]]
+    assert not trail.comparisons
+    assert not trail.floats

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from graphprune.data.distributed import all_reduce_sum
 from graphprune.errors import ConfigError, nearest
+from graphprune.trace.turns import turn
 
 if TYPE_CHECKING:
     from graphprune.data.sources import Source
@@ -141,7 +142,7 @@ def _products(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, a
         with torch.no_grad():
             add({name: g.to(precise(g)) * tensors[name] for name, g in found.items()})
 
-    with differentiable(tensors.values()):
+    with turn(model), differentiable(tensors.values()):
         source.losses(model, visit)
     return batches
 
