@@ -14,20 +14,25 @@ meta device; its inputs may have values all the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf
-from typing import Any
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from graphprune.trace.contexts import whole_attention
 from graphprune.trace.inputs import normalise, preserve_state, run
 from graphprune.trace.meta_device import shapes_suffice
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _aten = torch.ops.aten
 
@@ -85,7 +90,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
         InputError: if the example inputs are missing, or the model cannot be run on them.
     """
     inputs = normalise(example_inputs).copied()
-    with preserve_state(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()):
+    with preserve_state(model), _counting() as counter, shapes_suffice(model, inputs.tensors()):
         run(model, inputs)
     return Cost(sum(parameter.numel() for parameter in model.parameters()), _macs(counter))
 
@@ -105,7 +110,7 @@ def count_by_module(model: nn.Module, example_inputs: Any) -> dict[str, Cost]:
     """
     inputs = normalise(example_inputs).copied()
     macs = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-    with preserve_state(model), _counting(model) as counter, shapes_suffice(model, inputs.tensors()), _attributing(model, counter, macs):
+    with preserve_state(model), _counting() as counter, shapes_suffice(model, inputs.tensors()), _attributing(model, counter, macs):
         run(model, inputs)
     params = dict.fromkeys(macs, 0)
     for name, parameter in model.named_parameters():
@@ -120,6 +125,7 @@ def _attributing(model: nn.Module, counter: FlopCounterMode, macs: dict[str, int
     FlopCounterMode's own figures per module go by the class name of a module that its parent does not call itself, so that two such
     modules share one figure.
     """
+    me = get_ident()
     stack = [""]
     seen = 0
 
@@ -130,12 +136,14 @@ def _attributing(model: nn.Module, counter: FlopCounterMode, macs: dict[str, int
         seen = now
 
     def enter(name: str, *_: object) -> None:
-        settle()
-        stack.append(name)
+        if get_ident() == me:
+            settle()
+            stack.append(name)
 
     def leave(*_: object) -> None:
-        settle()
-        stack.pop()
+        if get_ident() == me:
+            settle()
+            stack.pop()
 
     with ExitStack() as handles:
         for name, module in model.named_modules():
@@ -148,32 +156,40 @@ def _attributing(model: nn.Module, counter: FlopCounterMode, macs: dict[str, int
 
 
 @contextmanager
-def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
-    """Counts operations inside the block, with the fused kernels that the counter cannot see into switched off.
-
-    Two would count as nothing: the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer, and the recurrent layers of
-    oneDNN and cuDNN. Parameters need no gradients meanwhile: the counter watches for a backward pass wherever a module is called with
-    a tensor that needs one, and fails where that is a parameter itself (a class token).
-    """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with ExitStack() as settings:
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_leaf:
-                settings.callback(parameter.requires_grad_, True)  # noqa: FBT003 (positional only)
-                parameter.requires_grad_(False)  # noqa: FBT003
-        settings.enter_context(whole_attention())
-        if recurrent:
-            backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
-            for backend in backends:
-                settings.callback(setattr, backend, "enabled", backend.enabled)
-                backend.enabled = False
-        yield settings.enter_context(FlopCounterMode(display=False, custom_mapping=_attention_formulas()))
+def _counting() -> Iterator[FlopCounterMode]:
+    """Counts operations of this thread inside the block, without the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter.mod_tracker = _NoTracker()
+    with whole_attention(), counter:
+        yield counter
 
 
-def _attention_formulas() -> dict[Any, Any]:
-    """Returns the formulas for the attention kernels that FlopCounterMode lacks, by operator."""
-    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
-    return {getattr(_aten, name): _attention_flops for name in names if hasattr(_aten, name)}
+class _NoTracker(ModuleTracker):
+    """Follows no modules, in place of what does so with hooks on the modules of all threads."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _formulas() -> dict[Any, Any]:
+    """Returns the formulas for the kernels that FlopCounterMode lacks, of attention and of recurrent layers, by operator."""
+    attention = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
+    formulas: dict[str, Callable[..., int]] = {**dict.fromkeys(attention, _attention_flops), "mkldnn_rnn_layer": _layer_flops}
+    formulas |= dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), _recurrent_flops)
+    return {getattr(_aten, name): formula for name, formula in formulas.items() if hasattr(_aten, name)}
+
+
+def _layer_flops(inputs: torch.Size, weights: torch.Size, recurrent: torch.Size, *_: object, **__: object) -> int:
+    """Returns the operations of one recurrent layer in one direction: both of its matrices are applied at each step of each sequence."""
+    return 2 * inputs[:-1].numel() * (weights.numel() + recurrent.numel())
+
+
+def _recurrent_flops(inputs: torch.Size, weights: Sequence[torch.Size], *_: object, **__: object) -> int:
+    """Returns the operations of recurrent layers, given all their parameters: matrices, and vectors, which are added."""
+    return 2 * inputs[:-1].numel() * sum(shape.numel() for shape in weights if len(shape) == 2)
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:

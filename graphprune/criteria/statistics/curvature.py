@@ -6,17 +6,22 @@ for v of independent signs. H v is a second backward pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from graphprune.criteria.statistics.gradients import averaged, differentiable, gradients, named, precise
 from graphprune.data.distributed import rank
 from graphprune.errors import ConfigError, InputError
+from graphprune.torch_private import pytree
+from graphprune.trace.turns import turn
 
 if TYPE_CHECKING:
     from graphprune.data.sources import Source
@@ -59,7 +64,7 @@ def observe_curvature(model: nn.Module, parameters: Iterable[str], source: Sourc
             fix = "Write that operator with ones that have them (the math backend of attention, recurrent cells without fused kernels), "
             raise InputError(what, f"{fix}or use a criterion of first order such as Taylor") from error
 
-    with differentiable(tensors.values()), _twice_differentiable(model):
+    with turn(model), differentiable(tensors.values()), _twice_differentiable(model):
         source.losses(model, visit)
     return averaged(sums, batches)
 
@@ -102,12 +107,60 @@ def signs(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Keeps away fused kernels that have a first derivative only: those of attention, and of recurrent layers where there are any."""
+    """Keeps away fused kernels that have a first derivative only, those of attention and of recurrent layers, in this thread.
+
+    cuDNN's recurrent layers can only be switched off for the whole process.
+    """
     with ExitStack() as settings:
-        settings.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
-            for backend in backends:
-                settings.callback(setattr, backend, "enabled", backend.enabled)
-                backend.enabled = False
+        settings.enter_context(_Unfused())
+        on_gpu = any(p.is_cuda for m in model.modules() if isinstance(m, nn.RNNBase) for p in m.parameters())
+        if on_gpu and torch.backends.cudnn.enabled:
+            settings.callback(setattr, torch.backends.cudnn, "enabled", True)  # noqa: FBT003 (setattr takes no keywords)
+            torch.backends.cudnn.enabled = False
         yield
+
+
+class _Unfused(TorchFunctionMode):
+    """Runs attention and recurrent layers by kernels that can be differentiated twice.
+
+    PyTorch's own switches would have other threads run other kernels as well, whose results differ in their last bits.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function in question, or what computes the same."""
+        given = kwargs or {}
+        if func in _ATTENTION:
+            return _attention(*args, **given)
+        if func is F.multi_head_attention_forward:
+            return _multi_head_attention()(*args, **given)
+        if func in _RECURRENT and not args[0].is_cuda and args[0].is_floating_point():
+            return _in_double(func, args, given)
+        return func(*args, **given)
+
+
+_SDPA = torch.ops.aten.scaled_dot_product_attention
+_ATTENTION = (F.scaled_dot_product_attention, _SDPA, _SDPA.default)
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Returns what `scaled_dot_product_attention` does, by its definition."""
+    result: Tensor = torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]  # noqa: SLF001 (an operator like any other)
+    return result
+
+
+@functools.cache
+def _multi_head_attention() -> FunctionType:
+    """Returns `multi_head_attention_forward`, which calls attention where no mode sees it, with `_attention` in its place."""
+    function = F.multi_head_attention_forward
+    names = {**function.__globals__, "scaled_dot_product_attention": _attention}
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _in_double(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs recurrent layers in double precision, for which the CPU has no fused kernel."""
+    kind = args[0].dtype
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+    return pytree.tree_map_only(Tensor, lambda t: t.to(kind) if t.is_floating_point() else t, func(*args, **kwargs))
