@@ -178,7 +178,7 @@ def _formulas() -> dict[Any, Any]:
     """Returns the formulas for the kernels that FlopCounterMode lacks, of attention and of recurrent layers, by operator."""
     attention = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
     formulas: dict[str, Callable[..., int]] = {**dict.fromkeys(attention, _attention_flops), "mkldnn_rnn_layer": _layer_flops}
-    formulas |= dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), _recurrent_flops)
+    formulas |= dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), recurrent_flops)
     return {getattr(_aten, name): formula for name, formula in formulas.items() if hasattr(_aten, name)}
 
 
@@ -187,7 +187,7 @@ def _layer_flops(inputs: torch.Size, weights: torch.Size, recurrent: torch.Size,
     return 2 * inputs[:-1].numel() * (weights.numel() + recurrent.numel())
 
 
-def _recurrent_flops(inputs: torch.Size, weights: Sequence[torch.Size], *_: object, **__: object) -> int:
+def recurrent_flops(inputs: torch.Size, weights: Sequence[torch.Size], *_: object, **__: object) -> int:
     """Returns the operations of recurrent layers, given all their parameters: matrices, and vectors, which are added."""
     return 2 * inputs[:-1].numel() * sum(shape.numel() for shape in weights if len(shape) == 2)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphprune.cost.count import Cost, count, count_by_module
+from graphprune.cost.count import Cost, count, count_by_module, recurrent_flops
 from graphprune.errors import InputError
 from tests.support.networks import build
 from tests.support.untouched import changes, snapshot
@@ -225,3 +225,13 @@ def test_a_parameter_handed_to_a_layer_counts_as_any_tensor() -> None:
     model = _TokenThrough()
     assert count(model, torch.ones(2, 4)) == Cost(4 + 15, 12 + 24)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_recurrent_layers_are_counted_with_their_fused_kernels_on() -> None:
+    """Both directions and all layers count, cuDNN's kernel by its parameters, and no switch of the process is touched."""
+    model, x = nn.LSTM(8, 16, 2, bidirectional=True).eval(), torch.zeros(5, 2, 8)
+    flags = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled)
+    found = count(model, x).macs
+    assert found == 2 * 10 * 64 * (8 + 16) + 2 * 10 * 64 * (32 + 16)
+    assert recurrent_flops(torch.Size((5, 2, 8)), [p.shape for p in model.parameters()]) == 2 * found
+    assert flags == (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled)
