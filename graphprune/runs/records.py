@@ -124,11 +124,11 @@ class Records(Generic[R]):
             FileError: the file cannot be written.
         """
         try:
-            from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+            from matplotlib import figure as figures  # noqa: PLC0415 (an extra)
         except ImportError as error:
             fix = "Install it with `pip install matplotlib`"
             raise ConfigError("plots are drawn by matplotlib, which is not installed", fix) from error
-        figure = Figure(figsize=self.inches, layout="constrained")
+        figure = figures.Figure(figsize=self.inches, layout="constrained")
         self._draw(figure)
         _write(path, "the plot", figure.savefig)
 
