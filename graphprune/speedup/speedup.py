@@ -31,7 +31,8 @@ from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shr
 from graphprune.trace.caches import caches, clear
 from graphprune.trace.inputs import Inputs, normalise
 from graphprune.trace.members import Members
-from graphprune.trace.outline import outline
+from graphprune.trace.outline import calls_of, outline
+from graphprune.trace.recorder import record
 from graphprune.trace.turns import in_turn
 from graphprune.verify.reference import Reference, reference_for
 from graphprune.verify.replay import Check, MaskedModel, relies_on_defaults, require, runs_as_recorded
@@ -266,12 +267,14 @@ class _Surgeon:
 
     def _runs_as_recorded(self, small: nn.Module, check: Check | None) -> bool:
         """Returns whether a shrunk module runs the recorded operators; it is run now unless the check has done so."""
-        if check is not None:
-            return runs_as_recorded(check.calls, self.removal)
         if relies_on_defaults(self.removal):
             return False  # whatever it runs
         try:
-            return runs_as_recorded(outline(small, self.program.inputs, self.caches).calls, self.removal)
+            calls = outline(small, self.program.inputs, self.caches).calls if check is None else check.calls
+            if calls is None or runs_as_recorded(calls, self.removal):
+                return calls is not None
+            again = record(small, self.program.inputs, caches=self.caches)  # what holds a tensor may change which operators PyTorch runs
+            return runs_as_recorded(calls_of(again), self.removal)
         except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes means that it does something else)
             return False
 

@@ -25,13 +25,13 @@ Calls: TypeAlias = "list[tuple[Any, list[float]]]"
 """The operators in the order of execution, each with its fractional arguments.
 
 Of what they return in lists, any number may be picked. `contiguous` is left out: PyTorch skips it where the layout is the wanted one
-already, as that of a single head is.
+already, as that of a single head is. So is `detach`, which does nothing here: PyTorch calls it by itself on new tensors that others hold.
 """
 
 Observe: TypeAlias = "Callable[[OpOverload, tuple[Any, ...], dict[str, Any], Any], None]"
 """Is given every operator with its arguments and its result, right after it ran."""
 
-_SKIPPED = (operator.getitem, torch.ops.aten.contiguous.default)
+_SKIPPED = (operator.getitem, torch.ops.aten.contiguous.default, torch.ops.aten.detach.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ def outline(model: nn.Module, inputs: Inputs, caches: list[Where] | None = None,
     """
     members = Members.of(model)
     with preserve_state(model, members), without_caches(model, inputs, members, caches), whole_attention(), below_autograd():
-        mode = _Outliner(observe)
+        mode, own = _Outliner(observe), inputs.copied()
         with values_taken(mode.take), mode:
-            output = inputs.copied().call(model)
+            output = own.call(model)
         return Outline(mode.calls, [tensor.detach().clone() for tensor in output_tensors(output)])
 
 
