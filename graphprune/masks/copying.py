@@ -21,7 +21,7 @@ _OWN = frozenset(name for name, value in vars(nn.Module()).items() if type(value
 
 
 @in_turn
-def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any], members: Members | None = None) -> nn.Module:
     """Returns a deep copy of a module; `memo` maps ids of tensors to what stands in their place.
 
     Tensors that hooks compute anew on every forward pass (pruning and weight normalisation of older PyTorch), or that a model keeps
@@ -31,7 +31,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     attribute: `deepcopy` takes five times as long for a model of many small modules.
     """
     seen: set[int] = set()
-    modules = Members.of(model).distinct
+    modules = (members or Members.of(model)).distinct
     for module in modules:
         of_leaves = own_parameters(module), own_modules(module)
         for name, value in vars(module).items():
@@ -52,7 +52,7 @@ def _fill(made: nn.Module, held: dict[str, Any], memo: dict[int, Any]) -> None:
     state: dict[str, Any] = {}
     for name, value in held.items():
         kind = type(value)
-        if kind in _ATOMIC:
+        if kind in _ATOMIC or (kind is tuple and all(type(item) in _ATOMIC for item in value)):
             state[name] = value
         elif name in _OWN and kind in _DICTS:
             state[name] = _copied_dict(value, memo) if value else kind()

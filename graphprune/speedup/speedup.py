@@ -228,7 +228,7 @@ class _Surgeon:
             set_attributes(small, self.removal)
             self.unset = assign(small, found.values)
             clear(small, self.caches)
-        check = self._check(small, reference) if reference is not None else None
+        check = self._check(small, reference, Members.of(small)) if reference is not None else None
         why = self._verdict(small, check, reference, found.broken, simple=simple)
         if why:
             self.undo()
@@ -237,7 +237,7 @@ class _Surgeon:
 
     def _sliced_module(self) -> nn.Module:
         if not self.inplace:
-            return shrunk_copy(self.model, self.tensors, self.positions, self.graph.aliases)
+            return shrunk_copy(self.model, self.tensors, self.positions, self.graph.aliases, self.members)
         self.saved = [(m, dict(vars(m))) for m in self.model.modules()]
         shrink_in_place(self.tensors, self.positions, self.graph.aliases, self.old)
         return self.model
@@ -285,9 +285,9 @@ class _Surgeon:
             dense = self.program.outputs if self.as_recorded else None
             return reference_for(MaskedModel(self.model, self.masks, self.removal, {n: t.detach() for n, t in self.tensors.items()}), dense)
 
-    def _check(self, small: nn.Module, reference: Reference) -> Check:
+    def _check(self, small: nn.Module, reference: Reference, members: Members | None = None) -> Check:
         with self._timed("verify"):
-            return reference.check(small, self.caches if type(small) is type(self.model) else None)
+            return reference.check(small, self.caches if type(small) is type(self.model) else None, members)
 
     def _cost(self, model: nn.Module, macs: int | None) -> Cost:
         """Returns the cost of a model; its MACs are counted where they are not known."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from graphprune.trace.members import Members
+
     Positions = Mapping[str, Mapping[int, NDArray[Any]]]
 
 
@@ -38,7 +40,11 @@ def like(original: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 
 
 def shrunk_copy(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], positions: Positions, aliases: Mapping[str, str] | None = None
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    positions: Positions,
+    aliases: Mapping[str, str] | None = None,
+    members: Members | None = None,
 ) -> nn.Module:
     """Returns a deep copy of a module whose tensors keep only the given positions; the dropped weights are never copied.
 
@@ -51,7 +57,7 @@ def shrunk_copy(
     for tensor in tensors.values():
         if vars(tensor) and id(tensor) not in memo:
             memo[id(tensor)] = like(tensor, tensor.detach().clone())
-    return copied(model, memo)
+    return copied(model, memo, members)
 
 
 Old = tuple[torch.Tensor, "torch.Tensor | None"]

@@ -47,7 +47,13 @@ class Outline:
     outputs: list[Tensor]
 
 
-def outline(model: nn.Module, inputs: Inputs, caches: list[Where] | None = None, observe: Observe | None = None) -> Outline:
+def outline(
+    model: nn.Module,
+    inputs: Inputs,
+    caches: list[Where] | None = None,
+    observe: Observe | None = None,
+    members: Members | None = None,
+) -> Outline:
     """Runs a model in eval mode, leaving it as it was, and returns what it did; its exceptions pass as they are.
 
     It sees what `record` sees, in the same contexts.
@@ -57,8 +63,9 @@ def outline(model: nn.Module, inputs: Inputs, caches: list[Where] | None = None,
         inputs: to run it on.
         caches: where the model keeps tensors of earlier runs, if that is known; found by trying otherwise.
         observe: called with every operator.
+        members: the model's modules and tensors, if they have been gathered already.
     """
-    members = Members.of(model)
+    members = members or Members.of(model)
     with preserve_state(model, members), without_caches(model, inputs, members, caches), whole_attention(), below_autograd():
         mode, own = _Outliner(observe), inputs.copied()
         with values_taken(mode.take), mode:

@@ -51,6 +51,7 @@ def record(
     on_call: Callable[[], None] | None = None,
     runner: Runner | None = None,
     caches: list[Where] | None = None,
+    members: Members | None = None,
 ) -> Program:
     """Records one forward pass of `model` in eval mode.
 
@@ -62,6 +63,7 @@ def record(
         on_call: called after every operator that was recorded.
         runner: runs the operators in PyTorch's place.
         caches: where the model keeps tensors of earlier runs, if that is known; found by trying otherwise.
+        members: the model's modules and tensors, if they have been gathered already.
 
     Raises:
         InputError: there are no inputs, or the model's own forward raises on them.
@@ -69,7 +71,7 @@ def record(
     if not isinstance(model, nn.Module):
         raise InputError(f"a torch.nn.Module is needed, not {type(model).__name__}", "Pass the model itself")
     inputs = normalise(example_inputs)
-    members = Members.of(model)
+    members = members or Members.of(model)
     with (
         _changes_confirmed(model, inputs, training=training),
         preserve_state(model, members, training=training, draws=False),

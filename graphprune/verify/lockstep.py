@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.trace.inputs import Inputs
+    from graphprune.trace.members import Members
     from graphprune.trace.program import Program, Where
 
 _ATTEMPTS = 4
@@ -290,14 +291,14 @@ def _decided_otherwise(mine: Any, theirs: Any) -> bool:
     return isinstance(mine, (bool, int)) and mine != theirs
 
 
-def lead(small: nn.Module, inputs: Inputs, leader: Replay, caches: list[Where] | None = None) -> Program:
+def lead(small: nn.Module, inputs: Inputs, leader: Replay, caches: list[Where] | None = None, members: Members | None = None) -> Program:
     """Runs a shrunk model with the masked model's decisions; returns its recording.
 
     Raises:
         DepartureError: it brings something else to a decision.
         InputError: it cannot be run.
     """
-    program = record(small, inputs, runner=leader, caches=caches)
+    program = record(small, inputs, runner=leader, caches=caches, members=members)
     left = next((e for e in leader.entries if not e.literal), None)
     if left is not None:
         raise DepartureError(f"{left.place}, which the shrunk model does not run", "")

@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from graphprune.surgery.rewriting import Removal
+    from graphprune.trace.members import Members
     from graphprune.trace.program import Where
 
 
 class Reference(Protocol):
     """The masked model, ready to be compared with."""
 
-    def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
+    def check(self, small: nn.Module, caches: list[Where] | None = None, members: Members | None = None) -> Check:
         """Runs a shrunk model and compares.
 
         Args:
             small: the shrunk model, left as it is.
             caches: where it keeps tensors of earlier runs, if that is known; they are empty then.
+            members: its modules and tensors, if they have been gathered already.
         """
 
     def where(self, small: nn.Module) -> str:
@@ -82,12 +84,12 @@ class _ReplayedReference:
     outputs: list[torch.Tensor]
     effect: float
 
-    def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
+    def check(self, small: nn.Module, caches: list[Where] | None = None, members: Members | None = None) -> Check:
         """Runs a shrunk model, as it is and watched, and compares what it returns."""
         program = self.masked.program
         tolerance, ran, counter = tolerance_for(program), None, MacCounter()
         try:
-            with preserve_state(small, draws=False):
+            with preserve_state(small, members, draws=False):
                 error = difference(self.outputs, output_tensors(program.inputs.copied().call(small)))
         except GraphPruneError:
             raise
@@ -95,7 +97,7 @@ class _ReplayedReference:
             error = float("inf")
         if error <= tolerance:
             with suppress(Exception):  # (it runs, but cannot be watched: then it is not known to do what was recorded)
-                ran = outline(small, program.inputs, caches, counter)
+                ran = outline(small, program.inputs, caches, counter, members)
         if ran is None:
             return Check(error, self.effect, tolerance)
         error = max(error, difference(self.outputs, ran.outputs))
@@ -136,11 +138,11 @@ class _LockstepReference:
         _require_values(dense.outputs, found.run.outputs, first_without_values)
         return _LockstepReference(masked_module, found.removal, found.run, _effect(dense, found.run), tolerance_for(masked.program))
 
-    def check(self, small: nn.Module, caches: list[Where] | None = None) -> Check:
+    def check(self, small: nn.Module, caches: list[Where] | None = None, members: Members | None = None) -> Check:
         """Runs a shrunk model and compares what it decides by, and what it returns."""
         leader, program = Replay(self.run.entries, self.tolerance), None
         try:
-            program = lead(small, self.removal.analysis.program.inputs, leader, caches)
+            program = lead(small, self.removal.analysis.program.inputs, leader, caches, members)
         except DepartureError:
             error = leader.error if leader.error > self.tolerance else float("inf")
         except InputError:

@@ -31,7 +31,8 @@ class Reading(nn.Module):
         scores = self.layer(x)
         first, second = scores.chunk(2, dim=1)
         scale = torch.arange(3).tolist()[1] + int(torch.arange(4).numpy()[2])
-        return (first + second) * 0.5 * scale if bool(scores.sum() < 1e9) else first
+        made: Tensor = (first + second) * 0.5 * scale if bool(scores.sum() < 1e9) else first
+        return made
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
