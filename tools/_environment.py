@@ -177,7 +177,7 @@ def _given(folder: Path, asked: str) -> Path:
     if asked:
         raise EnvironmentFailure(f"{asked} makes an environment, and GRAPHPRUNE_PYTHON_ENV names {folder}; unset the variable")
     python = python_of(folder)
-    if not python.exists():
+    if not python.exists() or not (folder / "pyvenv.cfg").exists():  # half deleted: it would start anew without end
         what = f"GRAPHPRUNE_PYTHON_ENV names {folder}, which holds no virtual environment"
         raise EnvironmentFailure(f"{what}; name the folder of one, or unset the variable")
     return python.absolute()
