@@ -29,6 +29,7 @@ from graphprune.surgery.recipe import Before, remember
 from graphprune.surgery.rewriting import Removal
 from graphprune.surgery.slicing import Old, like, put_back, shrink_in_place, shrunk_copy, sliced
 from graphprune.trace.caches import caches, clear
+from graphprune.trace.data_dependent import is_delicate
 from graphprune.trace.inputs import Inputs, normalise
 from graphprune.trace.members import Members
 from graphprune.trace.outline import calls_of, outline
@@ -270,9 +271,11 @@ class _Surgeon:
         if relies_on_defaults(self.removal):
             return False  # whatever it runs
         try:
-            calls = outline(small, self.program.inputs, self.caches).calls if check is None else check.calls
-            if calls is None or runs_as_recorded(calls, self.removal):
-                return calls is not None
+            calls = check.calls if check is not None else None
+            if calls is None:
+                calls = outline(small, self.program.inputs, self.caches, draws=is_delicate(self.program)).calls
+            if runs_as_recorded(calls, self.removal):
+                return True
             again = record(small, self.program.inputs, caches=self.caches)  # what holds a tensor may change which operators PyTorch runs
             return runs_as_recorded(calls_of(again), self.removal)
         except Exception:  # noqa: BLE001 (whatever the user's forward raises on new sizes means that it does something else)

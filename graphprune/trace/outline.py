@@ -53,6 +53,8 @@ def outline(
     caches: list[Where] | None = None,
     observe: Observe | None = None,
     members: Members | None = None,
+    *,
+    draws: bool = False,
 ) -> Outline:
     """Runs a model in eval mode, leaving it as it was, and returns what it did; its exceptions pass as they are.
 
@@ -64,9 +66,10 @@ def outline(
         caches: where the model keeps tensors of earlier runs, if that is known; found by trying otherwise.
         observe: called with every operator.
         members: the model's modules and tensors, if they have been gathered already.
+        draws: whether the model may draw random numbers, see `preserve_state`.
     """
     members = members or Members.of(model)
-    with preserve_state(model, members), without_caches(model, inputs, members, caches), whole_attention(), below_autograd():
+    with preserve_state(model, members, draws=draws), without_caches(model, inputs, members, caches), whole_attention(), below_autograd():
         mode, own = _Outliner(observe), inputs.copied()
         with values_taken(mode.take), mode:
             output = own.call(model)

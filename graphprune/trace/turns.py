@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from graphprune.errors import ConfigError, ModelChangedError
 from graphprune.torch_private import DisableTorchFunction, version_of
@@ -225,13 +226,18 @@ def _state(model: nn.Module) -> State:
         found[path or "the model"] = (module, module.training)
     with DisableTorchFunction():  # (a watch on sizes would take this for the model's own doing)
         for name, tensor in members.parameters:
-            found[name] = (tensor, tuple(tensor.shape))
+            found[name] = (tensor, _shape(tensor))
             found[name + _VERSION] = version_of(tensor)
         for name, tensor in members.parameters[:: max(1, len(members.parameters) // _SAMPLED)]:
             found[name + _VERSION] = (found[name + _VERSION], _sample(tensor))
         for name, tensor in members.buffers:
-            found[name + _BUFFER] = (tensor, tuple(tensor.shape), version_of(tensor))
+            found[name + _BUFFER] = (tensor, _shape(tensor), version_of(tensor))
     return found
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """Returns the shape of a tensor; None for one of a lazy module that has not seen an input yet."""
+    return None if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def _sample(tensor: Tensor) -> object:

@@ -204,3 +204,17 @@ def test_turns_end_with_errors() -> None:
     with pytest.raises(KeyError), turn(model):
         raise KeyError
     assert elsewhere(lambda: enter(turn(model))) is None
+
+
+def test_lazy_modules_are_refused_beside_other_threads() -> None:
+    """What has no shape yet is told as when there is no other thread, and stays as it was."""
+    model, done = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()), threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(gp.InputError, match="has no shape yet"):
+            gp.trace(model, torch.ones(2, 4))
+    finally:
+        done.set()
+        other.join()
+    assert isinstance(model[0], nn.LazyLinear)
