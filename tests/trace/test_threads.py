@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphprune as gp
 from graphprune.trace.contexts import module_paths, values_taken, whole_attention
 from graphprune.trace.threads import exporting, forked_generators, patched, running, warning_filters
 from graphprune.trace.turns import turn
