@@ -347,6 +347,7 @@ def test_a_model_that_another_thread_changes(kind: str, at: int) -> None:
 def test_a_model_that_changes_itself_is_no_other_thread_s_work() -> None:
     """Flags that a model sets in its forward, and weights that it normalises there, are its own affair, whoever else is alive."""
     model = Own().eval()
+    pruned(model)  # the first pass normalises its weights, in some releases of PyTorch not all that it can
     expected = pruned(model)
     with disturbed() as wrong:
         assert pruned(model) == expected

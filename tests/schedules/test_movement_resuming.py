@@ -22,6 +22,7 @@ from graphprune.schedules.history import Movement
 from graphprune.schedules.movement import MovementPruner
 from graphprune.training.session import Trainer
 from tests.support.killing import FORKS, kill, same
+from tests.support.versions import TORCH
 
 EPOCHS = 4
 KINDS: dict[str, dict[str, Any]] = {
@@ -136,6 +137,8 @@ def stopping(epoch: int, step: int) -> Trainer:
 def test_interrupted_in_every_epoch_ends_as_uninterrupted(kind: str, optimizer: str, tmp_path: Path) -> None:
     """Killed in every epoch, each process going on with the next: weights, scores, masks, records and random numbers are the same."""
     whole = outcome(pruner(kind, optimizer, None))
+    if TORCH < (2, 7) and (kind, optimizer) == ("soft", "adam"):
+        pytest.skip(f"PyTorch {torch.__version__}: rounding ends this training beyond the sparsity at which it shows something")
     assert 0.1 < whole["history"][-1].sparsity < 0.9
     assert whole["history"][-1].stage == 1.0
     for epoch in range(EPOCHS):
